@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from picollm.config.base import Section
+
+
+class ModelConfig(Section):
+    """The operator's dials for the model; what is None follows from `depth`."""
+
+    arch: Literal["portable"] = "portable"
+    """Set of features. `portable` exports to stock runtimes."""
+    depth: int = Field(default=12, ge=1, le=128)
+    """The one dial: layers, width, batch, rates and steps follow from it."""
+    hidden_size: int | None = Field(default=None, ge=16)
+    """Width; from depth: 64 a layer, rounded up to 128."""
+    num_hidden_layers: int | None = Field(default=None, ge=1)
+    """Layers; from depth."""
+    num_attention_heads: int | None = Field(default=None, ge=1)
+    """Query heads; from width and head size."""
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads (grouped queries); as many as query heads unless told."""
+    head_dim: int | None = Field(default=None, ge=8)
+    """Head size; 128, or 64 when the width is under 512."""
+    intermediate_size: int | None = Field(default=None, ge=16)
+    """Width inside the MLP; four times the width."""
+    max_position_embeddings: int = Field(default=2048, ge=16)
+    """Tokens in a row, T."""
+    rope_theta: float = Field(default=100_000.0, gt=0)
+    """Base of the rotary position embedding."""
+    attention: Literal["auto", "matmul", "sdpa"] = "auto"
+    """Kernel for attention; `auto` chooses by device, dtype and T."""
+
+
+class Architecture(Section):
+    """A model's shape with nothing left to derive; stored in recipes and checkpoints, read by `model/gpt.py`."""
+
+    arch: Literal["portable"]
+    """Name of the set of features; code reads the features, not the name."""
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    intermediate_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    """Tokens of the tokenizer; weights have `padded_vocab_size` rows."""
+    max_position_embeddings: int = Field(ge=1)
+    rope_theta: float = Field(gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    qk_scale: float = Field(default=1.2, gt=0)
+    """Queries and keys are multiplied by this after their norm."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Architecture:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"model.num_key_value_heads ({self.num_key_value_heads}): choose one that divides it"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotation works on pairs")
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head: the vocabulary rounded up to 64, which matrix units like."""
+        return -(-self.vocab_size // 64) * 64

@@ -1,0 +1,92 @@
+"""Everything a user can cause, as one tree. The exit code belongs to the class.
+
+PicollmError            1
+├─ ConfigError          2   a value or a combination of values
+├─ HostError            3   this machine cannot: no GPU, disk full, a lock held elsewhere
+├─ MissingArtifact      4   an earlier step has to run first; always names its command
+├─ IntegrityError       5   bytes are not as recorded: checksum, torn file, foreign schema
+├─ RemoteError          6   network or Hub; safe to retry
+├─ WorkerError          7   a training process died
+│  └─ OutOfMemory       7
+├─ GateError            8   a publishing gate failed
+└─ Interrupted        130   stopped on request, state saved
+
+`assert` is for our own mistakes; whatever else escapes is a bug.
+"""
+
+from __future__ import annotations
+
+
+class PicollmError(Exception):
+    """An error with what happened, why, and the next command.
+
+    Args:
+        message: what happened, in one line without a full stop.
+        cause: why, when it is known.
+        hint: what to do next, best a command that can be pasted.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, cause: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.cause = cause
+        self.hint = hint
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "type": type(self).__name__,
+            "message": self.message,
+            "cause": self.cause,
+            "hint": self.hint,
+            "exit_code": self.exit_code,
+        }
+
+
+class ConfigError(PicollmError):
+    exit_code = 2
+
+
+class HostError(PicollmError):
+    exit_code = 3
+
+
+class MissingArtifact(PicollmError):
+    """Something an earlier command makes is not there; `hint` carries that command."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, hint: str, cause: str | None = None) -> None:
+        super().__init__(message, cause=cause, hint=hint)
+
+
+class IntegrityError(PicollmError):
+    exit_code = 5
+
+
+class RemoteError(PicollmError):
+    exit_code = 6
+
+
+class WorkerError(PicollmError):
+    exit_code = 7
+
+
+class OutOfMemory(WorkerError):
+    pass
+
+
+class GateError(PicollmError):
+    exit_code = 8
+
+
+class Interrupted(PicollmError):
+    exit_code = 130
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """The known name closest to a mistyped one, or None when nothing is close."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)

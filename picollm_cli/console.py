@@ -1,0 +1,132 @@
+"""Where text goes: data to stdout, everything else to stderr; the only user of rich's Console.
+
+Colour obeys NO_COLOR, FORCE_COLOR and the terminal (rich does). Under `--json` stdout carries JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.theme import Theme
+
+from picollm.errors import ConfigError, PicollmError
+
+THEME = Theme(
+    {
+        "good": "green",
+        "warn": "yellow",
+        "bad": "bold red",
+        "hint": "cyan",
+        "quiet": "dim",
+        "name": "bold",
+    }
+)
+PLAIN_LINE_EVERY_S = 5.0
+
+
+class Output:
+    """One command's voice.
+
+    Args:
+        as_json: human text is silenced on stdout; `result` prints one JSON object there.
+    """
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.stdout = Console(theme=THEME, soft_wrap=True, highlight=False)
+        self.stderr = Console(theme=THEME, soft_wrap=True, highlight=False, stderr=True)
+
+    def print(self, renderable: Any = "", *, style: str | None = None) -> None:
+        """Data for a human, on stdout. Strings are printed as they are, without markup."""
+        if not self.as_json:
+            self.stdout.print(renderable, style=style, markup=False)
+
+    def note(self, text: Any, *, style: str | None = None) -> None:
+        """What is going on, on stderr."""
+        self.stderr.print(text, style=style, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.stderr.print(f"[warn]warning:[/warn] ", end="")
+        self.stderr.print(text, markup=False)
+
+    def hint(self, text: str) -> None:
+        """The next command, on stderr after a blank line."""
+        self.stderr.print()
+        self.stderr.print("[hint]hint:[/hint] ", end="")
+        self.stderr.print(text, markup=False)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The result object: one line of JSON, the last on stdout, under `--json` only."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+    def error(self, error: PicollmError) -> None:
+        self.stderr.print("[bad]error:[/bad] ", end="")
+        self.stderr.print(error.message, markup=False)
+        if error.cause:
+            self.stderr.print(f"  cause: {error.cause}", markup=False)
+        if error.hint:
+            self.hint(error.hint)
+        self.result({"error": error.to_dict()})
+
+    def confirm(self, question: str, *, yes: bool) -> bool:
+        """Ask on stderr; `--yes` answers; without a terminal nobody can.
+
+        Raises:
+            ConfigError: there is no terminal and `--yes` was not given.
+        """
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"{question} needs an answer", cause="stdin is not a terminal", hint="repeat the command with `--yes`"
+            )
+        self.stderr.print(f"{question} [y/N] ", end="", markup=False)
+        return input().strip().lower() in ("y", "yes")
+
+    @contextmanager
+    def progress(self, title: str, *, total: float | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
+        """A progress bar on a terminal, else one plain line every few seconds; all on stderr.
+
+        Yields:
+            `update(done, total=None)`: absolute values.
+        """
+        if self.stderr.is_terminal:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            with Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                TimeElapsedColumn(), TimeRemainingColumn(), console=self.stderr, transient=True,
+            ) as bar:  # fmt: skip
+                task = bar.add_task(title, total=total)
+
+                def update(done: float, total: float | None = None) -> None:
+                    bar.update(task, completed=done, **({} if total is None else {"total": total}))
+
+                yield update
+            return
+        started = last = time.monotonic()
+
+        def plain(done: float, new_total: float | None = None) -> None:
+            nonlocal last, total
+            total = new_total if new_total is not None else total
+            if (now := time.monotonic()) - last >= PLAIN_LINE_EVERY_S:
+                last = now
+                share = f" / {total:,.0f}" if total else ""
+                self.note(f"{title}: {done:,.0f}{share} {unit} after {now - started:.0f} s")
+
+        yield plain

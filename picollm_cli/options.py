@@ -1,0 +1,39 @@
+"""Options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+Run = Annotated[
+    Optional[str],
+    typer.Option("--run", help="Name of the run. [env: PICOLLM_RUN]", show_default=False),
+]
+Preset = Annotated[
+    Optional[str], typer.Option("--preset", help="Preset to start from: demo, cpu-small, d12 …", show_default=False)
+]
+ConfigFile = Annotated[
+    Optional[str], typer.Option("--config", help="TOML file with values over the preset's.", show_default=False)
+]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="One config value, as `train.steps=600`; may be repeated.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show config, estimate and launch line; change nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Answer yes to every question.")]
+Launch = Annotated[
+    Optional[str],
+    typer.Option(
+        "--launch",
+        metavar="KEY=VALUE,…",
+        help="How to launch: `nproc=8,nnodes=2,node_rank=0,rdzv=host:port`.",
+        show_default=False,
+    ),
+]

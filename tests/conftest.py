@@ -1,0 +1,38 @@
+"""Every test starts in a clean environment with its own base directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No PICOLLM_*, HF_* or colour variables; XDG folders and the base directory are temporary. Yields the base."""
+    for name in list(os.environ):
+        if name.startswith(("PICOLLM_", "HF_", "XDG_")) or name in (
+            "NO_COLOR",
+            "FORCE_COLOR",
+            "GITHUB_ACTIONS",
+            "TORCHELASTIC_ERROR_FILE",
+        ):
+            monkeypatch.delenv(name)
+    base = tmp_path / "base"
+    monkeypatch.setenv("PICOLLM_BASE_DIR", str(base))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    return base
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real text beside the checkout; the test is skipped where it is not."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no shared/data beside the checkout")
+    return SHARED_DATA
