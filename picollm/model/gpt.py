@@ -147,6 +147,11 @@ class GPT(nn.Module):
                 value = torch.empty(weight.shape).uniform_(-limit, limit, generator=generator)
             weight.copy_(value)
 
+    def compile_blocks(self) -> None:
+        """Compile block by block: compile time does not grow with depth, and names of weights stay."""
+        for block in self.layers:
+            block.compile(fullgraph=True, dynamic=False)
+
     def rotary(self, length: int) -> Float[Tensor, "2 S 1 half"]:
         """Cosines and sines of the first positions, in compute type; grown on demand, never part of a checkpoint."""
         key = (self.compute_dtype, self.embed_tokens.device)
@@ -220,7 +225,8 @@ class GPT(nn.Module):
         """-log p(target) per position in nats, 0 where the target is negative."""
         x = self.hidden(ids)
         head = self.lm_head[: self.arch.vocab_size].to(x.dtype)
-        out = torch.zeros(targets.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        out = torch.zeros(targets.shape, dtype=exact, device=x.device)
         for row in range(ids.size(0)):
             logits = F.linear(x[row], head).to(out.dtype)
             out[row] = F.cross_entropy(logits, targets[row], ignore_index=-1, reduction="none")

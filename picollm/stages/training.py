@@ -1,0 +1,139 @@
+"""What the pretraining and SFT workers share: inputs checked against the recipe, model, batches, loop, record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pydantic import ValidationError
+
+from picollm.config.recipe import TrainRecipe, TrainRuntime
+from picollm.data.datasets import Dataset
+from picollm.data.packing import Batches, Encode, RowPacker
+from picollm.errors import ConfigError, IntegrityError
+from picollm.model.gpt import GPT
+from picollm.plan import choose_attention
+from picollm.run_dir import sha256_json
+from picollm.tokenizer.tokenizer import Tokenizer
+from picollm.train import checkpoint
+from picollm.train.checkpoint_files import checkpoint_dir, finished_steps
+from picollm.train.loop import Job, build_model, train
+from picollm.worker import Worker
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the recipe names, opened and found to be the same."""
+
+    recipe: TrainRecipe
+    runtime: TrainRuntime
+    tokenizer: Tokenizer
+    datasets: list[Dataset]
+
+
+def read_inputs(worker: Worker) -> Inputs:
+    """Parse the stage's config and open what it names.
+
+    Raises:
+        ConfigError: the config does not fit this version's schema.
+        IntegrityError: the tokenizer or a dataset is not the one that the recipe names; both hashes are given.
+    """
+    try:
+        recipe = TrainRecipe.model_validate(worker.config["recipe"])
+        runtime = TrainRuntime.model_validate(worker.config["runtime"])
+    except ValidationError as error:
+        raise ConfigError(f"`{worker.stage.config_path}` is not a training config", cause=str(error)) from error
+    run = worker.stage.run
+    tokenizer = Tokenizer.load(run.tokenizer)
+    _same("tokenizer", tokenizer.sha256, recipe.tokenizer_sha256, run.name)
+    datasets = []
+    for source in recipe.data:
+        dataset = Dataset.open(source.dataset, base=run.base)
+        _same(f"dataset `{source.dataset}`", dataset.sha256, source.sha256, run.name)
+        datasets.append(dataset)
+    return Inputs(recipe, runtime, tokenizer, datasets)
+
+
+def _same(what: str, found: str, recorded: str, run: str) -> None:
+    if found != recorded:
+        raise IntegrityError(
+            f"the {what} is not the one that run `{run}` was prepared with",
+            cause=f"its hash is {found[:12]}…, the recipe names {recorded[:12]}…",
+            hint="put the original back, or start a new run with `--run NAME`",
+        )
+
+
+def run_training(
+    worker: Worker,
+    inputs: Inputs,
+    *,
+    encode: Encode,
+    num_documents: int,
+    cut: bool,
+    evaluate: Callable[[GPT, int], dict[str, float]],
+    initialise: Callable[[GPT], None] | None = None,
+) -> None:
+    """Train as the recipe says, from the last checkpoint if there is one, and write the stage record.
+
+    Args:
+        encode: documents by index -> tokens, see RowPacker.
+        cut: long documents are cut into pieces (text), or rows padded (conversations).
+        evaluate: model and rank 0's step -> values to record.
+        initialise: gives a stage's first weights, where they are not random.
+    """
+    recipe, runtime, stage = inputs.recipe, inputs.runtime, worker.stage
+    length = recipe.model.max_position_embeddings
+    rows = recipe.batch_tokens // length
+    if rows * length != recipe.batch_tokens or rows % worker.world:
+        raise ConfigError(
+            f"train.batch_tokens ({recipe.batch_tokens}) is not {worker.world} times a whole number of rows",
+            cause=f"a row is {length} tokens",
+            hint=f"use a multiple of {length * worker.world}",
+        )
+    attention, reason = choose_attention(worker.device.type, recipe.dtype, length, runtime.attention)
+    model, optimizer = build_model(recipe, attention, worker.device)
+    if initialise is not None and not finished_steps(stage):
+        initialise(model)
+    if runtime.compile:
+        model.compile_blocks()
+    packer = RowPacker(
+        encode,
+        num_documents,
+        length=length,
+        bos=inputs.tokenizer.bos,
+        seed=recipe.seed,
+        buffer_size=recipe.buffer_documents,
+        cut=cut,
+    )
+    batches = Batches(
+        packer,
+        rows_per_step=rows,
+        device_batch_size=runtime.device_batch_size,
+        rank=worker.rank,
+        world=worker.world,
+    )
+
+    job = Job(recipe, runtime, model, optimizer, batches, lambda step: evaluate(model, step), worker.device)
+    worker.note(
+        f"{worker.world} rank(s) of {runtime.threads} thread(s), {recipe.dtype} ({recipe.dtype_reason}), "
+        f"attention {attention} ({reason})"
+    )
+    result = train(worker, job)
+    if worker.rank == 0:
+        final = checkpoint_dir(stage, recipe.steps)
+        outputs = sorted(path for path in final.rglob("*") if path.is_file())
+        stage.write_record({"recipe": sha256_json(worker.config["recipe"])}, outputs, result)
+
+
+def load_first_weights(model: GPT, worker: Worker, source: str, sha256: str) -> None:
+    """Start from another stage's newest checkpoint.
+
+    Raises:
+        IntegrityError: it is damaged, or not the one that the recipe names.
+    """
+    loaded = checkpoint.load_model(worker.stage.run.stage(source))
+    _same(f"model of stage `{source}`", loaded.sha256, sha256, worker.stage.run.name)
+    with torch.no_grad():
+        for own, first in zip(model.parameters(), loaded.model.parameters(), strict=True):
+            own.copy_(first)

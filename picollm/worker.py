@@ -1,0 +1,177 @@
+"""The process around a stage: one argument, a lock, events, a stop that saves, errors that the parent can read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from picollm.errors import ConfigError, Interrupted, OutOfMemory, PicollmError
+from picollm.events import EventWriter, attempts
+from picollm.run_dir import StageDir, hold_lock
+
+LOOK_EVERY_S = 1.0
+
+
+class Worker:
+    """What a stage's `main` is given.
+
+    Attributes:
+        stage: its folder.
+        config: `{"schema", "stage", "recipe", "runtime"}`.
+        rank, world: this process among those of the stage.
+    """
+
+    def __init__(self, stage: StageDir, config: dict[str, Any], rank: int, world: int) -> None:
+        self.stage, self.config, self.rank, self.world = stage, config, rank, world
+        self.events = EventWriter(stage.events_path, stage.name) if rank == 0 else None
+        self.device: Any = None  # torch.device, set once the process group stands
+        self._parent = os.getppid()
+        self._stop = False
+        self._looked = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._stop = True
+
+    def should_stop(self) -> bool:
+        """True when somebody asked for it, or when whoever started us is gone. Looks at most once a second."""
+        if not self._stop and (now := time.monotonic()) - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            self._stop = os.getppid() != self._parent or (
+                self.rank == 0 and (self.stage.stop_path.exists() or not launcher_lives(self.stage))
+            )
+        return self._stop
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write an event; only rank 0 does."""
+        if self.events is not None:
+            self.events.write(kind, **fields)
+
+    def note(self, text: str, *, level: str = "info") -> None:
+        self.event("note", text=text, level=level)
+
+    def start(self, *, resumed_from: int = 0, total_steps: int | None = None) -> None:
+        """The stage's first event, once it is known where it goes on."""
+        if self.rank == 0:
+            attempt = attempts(self.stage.events_path) + 1
+            self.event("stage_start", attempt=attempt, resumed_from=resumed_from, total_steps=total_steps)
+
+
+def launcher_lives(stage: StageDir) -> bool:
+    """False when the command that started the stage is gone; True when it lives or when there was none."""
+    import psutil
+
+    try:
+        pid, started = stage.launcher_path.read_text().split()
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.0
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return True  # being written
+    except psutil.NoSuchProcess:
+        return False
+
+
+def run(main: Callable[[Worker], None]) -> NoReturn:
+    """Run a stage's `main` on the folder named by the one argument, and exit the process.
+
+    Exit codes are those of picollm.errors; 130 after a stop. The exit is hard: interpreter shutdown after a process
+    group has been seen to abort although all results were right.
+    """
+    code = 1
+    stage: StageDir | None = None
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        if len(sys.argv) != 2:
+            raise ConfigError(
+                "a worker takes one argument, its stage folder",
+                hint="`picollm pretrain --help` starts workers with everything they need",
+            )
+        stage = StageDir(Path(sys.argv[1]).absolute())
+        code = _run_stage(stage, main, rank, world)
+    except BaseException as error:
+        code = _report(stage, error, rank)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _run_stage(stage: StageDir, main: Callable[[Worker], None], rank: int, world: int) -> int:
+    config = stage.read_config()
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(hold_lock(stage.lock_path, f"stage `{stage.name}` of run `{stage.run.name}`", wait_s=2))
+            for stale in (stage.stop_path, stage.log_dir / "error.json"):
+                stale.unlink(missing_ok=True)
+            stage.pid_path.write_text("")
+            stack.callback(stage.pid_path.unlink, missing_ok=True)
+        worker = Worker(stage, config, rank, world)
+        _limit_threads(int(config["runtime"]["threads"]))
+        from picollm.train import distributed
+
+        try:
+            ok = False
+            worker.device = distributed.start()
+            with open(stage.pid_path, "a") as file:
+                file.write(f"{os.getpid()}\n")
+            main(worker)
+            ok = True
+        except Interrupted as error:
+            worker.event("stage_end", ok=False, reason="stopped", text=error.message)
+            raise
+        except BaseException as error:
+            worker.event("stage_end", ok=False, reason=type(error).__name__)
+            raise
+        finally:
+            if ok:
+                worker.event("stage_end", ok=True)
+                distributed.stop()
+    return 0
+
+
+def _limit_threads(threads: int) -> None:
+    """As many threads as the runtime says, for torch and for the tokenizer."""
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _report(stage: StageDir | None, error: BaseException, rank: int) -> int:
+    """Tell the log and the parent what went wrong; returns the exit code."""
+    if isinstance(error, Interrupted):
+        return error.exit_code
+    trace = "".join(traceback.format_exception(error))
+    print(trace, file=sys.stderr, flush=True)
+    known = _known(error)
+    if stage is not None and stage.path.is_dir():
+        with contextlib.suppress(OSError):  # the first rank to fail tells; a full disk must not hide the error
+            stage.log_dir.mkdir(parents=True, exist_ok=True)
+            with open(stage.log_dir / "error.json", "x") as file:
+                json.dump({**known.to_dict(), "rank": rank, "traceback": trace}, file)
+    return known.exit_code
+
+
+def _known(error: BaseException) -> PicollmError:
+    if isinstance(error, PicollmError):
+        return error
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or "can't allocate memory" in str(error):
+        return OutOfMemory(
+            "out of memory",
+            cause=str(error).splitlines()[0] if str(error) else None,
+            hint="lower `--set train.device_batch_size=…`; the batch in tokens stays the same",
+        )
+    other = PicollmError(f"{type(error).__name__}: {error}")
+    return other
