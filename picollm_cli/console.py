@@ -52,7 +52,7 @@ class Output:
         self.stderr.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
-        self.stderr.print(f"[warn]warning:[/warn] ", end="")
+        self.stderr.print("[warn]warning:[/warn] ", end="")
         self.stderr.print(text, markup=False)
 
     def hint(self, text: str) -> None:

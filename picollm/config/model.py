@@ -23,7 +23,7 @@ class ModelConfig(Section):
     num_key_value_heads: int | None = Field(default=None, ge=1)
     """Key and value heads (grouped queries); as many as query heads unless told."""
     head_dim: int | None = Field(default=None, ge=8)
-    """Head size; 128, or 64 when the width is under 512."""
+    """Head size; width / heads when the heads are given, else 128, or 64 when the width is under 512."""
     intermediate_size: int | None = Field(default=None, ge=16)
     """Width inside the MLP; four times the width."""
     max_position_embeddings: int = Field(default=2048, ge=16)

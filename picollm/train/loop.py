@@ -15,8 +15,8 @@ from picollm.data.packing import Batches
 from picollm.errors import Interrupted, WorkerError
 from picollm.model.gpt import GPT
 from picollm.optim.muon import MuonAdamW
-from picollm.plan import flops_per_token
 from picollm.run_dir import sha256_json
+from picollm.scaling import flops_per_token
 from picollm.train import checkpoint, distributed
 from picollm.train.checkpoint_files import checkpoint_dir
 from picollm.train.metrics import memory_gib, peak_flops

@@ -1,0 +1,328 @@
+"""Datasets by name: a folder of shards whose `dataset.json` pins every file, its split, size and hash.
+
+Text lives in parquet shards with one column `text`; conversations live in JSON-lines shards. `dataset.json` carries no
+time and no path of a machine, so the same input gives the same bytes, and their hash names the dataset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from picollm.data.conversations import Conversation
+from picollm.data.documents import Documents
+from picollm.errors import IntegrityError, MissingArtifact, PicollmError, nearest
+from picollm.run_dir import NAME_PATTERN, SCHEMA, check_name, datasets_dir, hold_lock, read_json, sha256_file
+
+Kind = Literal["text", "conversations"]
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+RECORD_NAME = "dataset.json"
+
+TOY_WORLD = "toy-world"
+TOY_WORLD_CHAT = "toy-world-chat"
+TOY_NAMES = (TOY_WORLD, TOY_WORLD_CHAT)
+TOY_SEED = 1
+TOY_SIZES = {TOY_WORLD: (8_000, 300), TOY_WORLD_CHAT: (12_000, 300)}  # rows of train and validation
+TOY_FINGERPRINT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of a dataset as its record pins it.
+
+    Attributes:
+        bytes: size of the file on disk.
+        chars: characters of text inside, before compression.
+    """
+
+    name: str
+    split: Split
+    rows: int
+    bytes: int
+    chars: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that is there, by its record; the shards are looked at when they are read."""
+
+    name: str
+    kind: Kind
+    path: Path
+    sha256: str
+    """Of the bytes of `dataset.json`, which holds the hash of every shard: the dataset's identity."""
+    source: dict[str, Any]
+    created_by: str
+    files: tuple[ShardFile, ...]
+    totals: dict[str, Any]
+
+    @classmethod
+    def open(cls, name: str, base: Path | None = None) -> Dataset:
+        """Read the record of `BASE/datasets/NAME`.
+
+        Raises:
+            ConfigError: the name cannot be one.
+            MissingArtifact: there is no such dataset; the hint carries the command that makes it.
+            IntegrityError: the record is missing inside the folder, torn, or of another version.
+        """
+        folder = datasets_dir(base) / check_name("dataset", name)
+        record = folder / RECORD_NAME
+        if not folder.is_dir():
+            raise _missing(name, base)
+        again = f"make it again with `picollm data import {name} PATH… --force`"
+        if name in TOY_NAMES:
+            again = f"make it again with `picollm data show {name}`"
+        try:
+            content = read_json(record)
+            digest = sha256_file(record)
+            if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}, the one this version reads")
+            files = tuple(ShardFile(**entry) for entry in content["files"])
+            for file in files:
+                if not NAME_PATTERN.match(file.name) or file.split not in SPLITS:
+                    raise ValueError(f"it names a file `{file.name}` of split `{file.split}`")
+            if content["kind"] not in ("text", "conversations"):
+                raise ValueError(f"its kind is {content['kind']!r}")
+            return cls(
+                name,
+                content["kind"],
+                folder,
+                digest,
+                content["source"],
+                content["created_by"],
+                files,
+                content["totals"],
+            )
+        except FileNotFoundError:
+            raise IntegrityError(f"dataset `{name}` is torn", cause=f"`{record}` does not exist", hint=again) from None
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"dataset `{name}` is torn", cause=f"{error.message}: {error.cause}", hint=again
+            ) from None
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            raise IntegrityError(
+                f"dataset `{name}` has a record that cannot be used", cause=f"`{record}`: {reason}", hint=again
+            ) from error
+
+    def _sum(self, field: Literal["rows", "bytes", "chars"], split: Split | None) -> int:
+        return sum(getattr(file, field) for file in self.files if split in (None, file.split))
+
+    def rows(self, split: Split | None = None) -> int:
+        """Documents or conversations of a split; None counts both."""
+        return self._sum("rows", split)
+
+    def chars(self, split: Split | None = None) -> int:
+        """Characters of text of a split; None counts both."""
+        return self._sum("chars", split)
+
+    def bytes(self, split: Split | None = None) -> int:
+        """Size on disk of a split's files; None counts both."""
+        return self._sum("bytes", split)
+
+    def check_sizes(self, split: Split | None = None) -> None:
+        """The cheap look before reading: every file is there with its recorded size.
+
+        Raises:
+            IntegrityError: one is not; it is named.
+        """
+        for file in self.files:
+            if split not in (None, file.split):
+                continue
+            path = self.path / file.name
+            found = path.stat().st_size if path.is_file() else None
+            if found != file.bytes:
+                cause = (
+                    "it does not exist" if found is None else f"it has {found:,} bytes, its record says {file.bytes:,}"
+                )
+                raise self.damaged(file, cause)
+
+    def damaged(self, file: ShardFile, cause: str) -> IntegrityError:
+        """The error for a shard that is not as recorded."""
+        return IntegrityError(
+            f"`{self.path / file.name}` of dataset `{self.name}` is damaged",
+            cause=cause,
+            hint=f"see what else is with `picollm data verify {self.name}`, then make the dataset again",
+        )
+
+    def documents(self, split: Split) -> Documents:
+        """The texts of a split, in order.
+
+        Raises:
+            IntegrityError: a file is missing or has another size.
+        """
+        assert self.kind == "text", "documents are read from datasets of text"
+        self.check_sizes(split)
+        return Documents(self.path, [file for file in self.files if file.split == split], self.damaged)
+
+    def conversations(self, split: Split) -> list[Conversation]:
+        """All conversations of a split, in order. Every shard is hashed before it is parsed.
+
+        Raises:
+            IntegrityError: a file is missing or not as recorded.
+        """
+        assert self.kind == "conversations", "conversations are read from datasets of conversations"
+        self.check_sizes(split)
+        found: list[Conversation] = []
+        for file in self.files:
+            if file.split != split:
+                continue
+            data = (self.path / file.name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != file.sha256:
+                raise self.damaged(file, "its sha256 is not the recorded one")
+            found.extend(Conversation.from_json(json.loads(line)) for line in data.splitlines())
+        return found
+
+    def first_rows(self, split: Split, count: int) -> list[Any]:
+        """The first rows as a user may look at them: strings, or `{"messages": …}`."""
+        if self.kind == "text":
+            return list(islice(self.documents(split), count))
+        return [conversation.to_json() for conversation in self.conversations(split)[:count]]
+
+    def verify(self, on_progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Hash every file again.
+
+        Args:
+            on_progress: called with (bytes hashed, bytes in all) after each file.
+
+        Returns:
+            One line per file that is not as recorded; empty when all are.
+        """
+        problems, done, total = [], 0, self.bytes()
+        for file in self.files:
+            path = self.path / file.name
+            if not path.is_file():
+                problems.append(f"{file.name}: missing")
+            elif (size := path.stat().st_size) != file.bytes:
+                problems.append(f"{file.name}: {size:,} bytes, recorded {file.bytes:,}")
+            elif sha256_file(path) != file.sha256:
+                problems.append(f"{file.name}: content changed (sha256 differs)")
+            done += file.bytes
+            if on_progress:
+                on_progress(done, total)
+        return problems
+
+    def to_json(self) -> dict[str, Any]:
+        """What the desk prints: facts and files, without rows."""
+        splits = {
+            split: {"rows": self.rows(split), "chars": self.chars(split), "bytes": self.bytes(split)}
+            for split in SPLITS
+        }
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "path": str(self.path),
+            "sha256": self.sha256,
+            "source": self.source,
+            "created_by": self.created_by,
+            "splits": splits,
+            "files": [asdict(file) for file in self.files],
+        }
+
+
+def _missing(name: str, base: Path | None) -> MissingArtifact:
+    if name in TOY_NAMES:
+        hint = f"make it with `picollm data show {name}`"
+    else:
+        known = [dataset.name for dataset in list_datasets(base)]
+        close = nearest(name, sorted({*known, *TOY_NAMES}))
+        make = f"make it with `picollm data import {name} PATH…`"
+        hint = f"did you mean `{close}`? Otherwise {make}" if close else make
+    return MissingArtifact(
+        f"there is no dataset `{name}`", cause=f"`{datasets_dir(base) / name}` does not exist", hint=hint
+    )
+
+
+def list_datasets(
+    base: Path | None = None, on_problem: Callable[[str, PicollmError], None] | None = None
+) -> list[Dataset]:
+    """Every dataset, by name. One whose record cannot be read is left out and told to `on_problem`."""
+    found = []
+    folder = datasets_dir(base)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.is_dir() or not NAME_PATTERN.match(path.name):
+            continue
+        try:
+            found.append(Dataset.open(path.name, base))
+        except PicollmError as error:
+            if on_problem:
+                on_problem(path.name, error)
+    return found
+
+
+# -- the toy world ----------------------------------------------------------------------------------------------------
+
+
+def _toy_rows(name: str, split: Split, num: int) -> Iterator[str | Conversation]:
+    from picollm.data import toy_world
+
+    if name == TOY_WORLD:
+        generate = toy_world.documents if split == "train" else toy_world.validation_documents
+        yield from generate(num, TOY_SEED)
+    else:
+        # Another seed gives another stream of the same facts.
+        seed = TOY_SEED if split == "train" else TOY_SEED + 1
+        yield from map(Conversation.from_json, toy_world.conversations(num, seed))
+
+
+def _toy_source(name: str) -> dict[str, Any]:
+    """Says which generator made the rows: a hash of the first of them, so that a changed generator is noticed."""
+    digest = hashlib.sha256()
+    streams = [_toy_rows(name, split, TOY_FINGERPRINT_ROWS) for split in SPLITS]
+    for row in chain(*streams):
+        text = row if isinstance(row, str) else json.dumps(row.to_json(), ensure_ascii=False)
+        digest.update(text.encode() + b"\0")
+    return {"generator": "picollm.data.toy_world", "seed": TOY_SEED, "fingerprint": digest.hexdigest()}
+
+
+def _toy_is_intact(name: str, base: Path | None) -> bool:
+    try:
+        dataset = Dataset.open(name, base)
+        dataset.check_sizes()
+    except PicollmError:
+        return False
+    return dataset.source == _toy_source(name)
+
+
+def ensure_toy_world(base: Path | None = None) -> None:
+    """Generate the datasets `toy-world` and `toy-world-chat` unless both are there and intact.
+
+    Cheap when they are: records, file sizes and a hash of the first rows. Damaged ones are made again. Processes that
+    call this at the same time wait for one another.
+
+    Raises:
+        HostError: the base directory cannot be written.
+    """
+    from picollm.data.dataset_writer import DatasetWriter
+
+    if all(_toy_is_intact(name, base) for name in TOY_NAMES):
+        return
+    with hold_lock(datasets_dir(base) / ".toy-world.lock", "the toy world", wait_s=300):
+        for name in TOY_NAMES:
+            if _toy_is_intact(name, base):
+                continue
+            with DatasetWriter(name, base) as writer:
+                writer.start("text" if name == TOY_WORLD else "conversations")
+                for split, num in zip(SPLITS, TOY_SIZES[name], strict=True):
+                    for row in _toy_rows(name, split, num):
+                        writer.add(split, row)
+                # What is replaced was generated too: there is nothing of the user's to keep.
+                writer.publish(_toy_source(name), existing="delete")
+
+
+def ensure(name: str, base: Path | None = None) -> Dataset:
+    """Open a dataset; the toy world's are generated first when they are not there.
+
+    Raises:
+        MissingArtifact, IntegrityError: as `Dataset.open`.
+    """
+    if name in TOY_NAMES:
+        ensure_toy_world(base)
+    return Dataset.open(name, base)

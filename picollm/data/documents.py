@@ -1,0 +1,122 @@
+"""Random access to the texts in the parquet shards of a dataset."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from picollm.errors import IntegrityError
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+    from picollm.data.datasets import ShardFile
+
+CACHED_ROW_GROUPS = 4
+
+
+class Documents(Sequence[str]):
+    """The texts of one split by global row number; a few row groups stay decoded.
+
+    Reading a row whose page fails its checksum raises IntegrityError: damaged bytes are never taken for text.
+    """
+
+    def __init__(
+        self, folder: Path, files: Sequence[ShardFile], damaged: Callable[[ShardFile, str], IntegrityError]
+    ) -> None:
+        """Nothing is opened before the first row is asked for.
+
+        Args:
+            folder: where the shards are.
+            files: those of the split, in order.
+            damaged: makes the error for a shard that cannot be read, from the shard and the cause.
+        """
+        self._folder, self._files, self._damaged = folder, files, damaged
+        self._cache: OrderedDict[int, pyarrow.Array] = OrderedDict()
+        self._open: dict[int, pyarrow.parquet.ParquetFile] = {}
+
+    def __len__(self) -> int:
+        return sum(file.rows for file in self._files)
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, int]]:
+        """(file, row group inside it) of every row group, in order."""
+        return [(f, g) for f in range(len(self._files)) for g in range(self._parquet(f).num_row_groups)]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Global row at which each row group starts."""
+        sizes = [self._parquet(f).metadata.row_group(g).num_rows for f, g in self._groups]
+        return list(accumulate(sizes, initial=0))[:-1]
+
+    def _parquet(self, index: int) -> pyarrow.parquet.ParquetFile:
+        if index not in self._open:
+            import pyarrow.parquet
+
+            file = self._files[index]
+            try:
+                parquet = pyarrow.parquet.ParquetFile(self._folder / file.name, page_checksum_verification=True)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise self._damaged(file, f"it is not readable parquet: {first_line(error)}") from error
+            if parquet.metadata.num_rows != file.rows or "text" not in parquet.schema_arrow.names:
+                raise self._damaged(file, f"it does not hold the {file.rows:,} rows of its record")
+            self._open[index] = parquet
+        return self._open[index]
+
+    def _read_group(self, group: int) -> pyarrow.Array:
+        import pyarrow
+
+        index, inside = self._groups[group]
+        try:
+            table = self._parquet(index).read_row_group(inside, columns=["text"], use_threads=False)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise self._damaged(self._files[index], f"row group {inside}: {first_line(error)}") from error
+        return table.column(0).combine_chunks()
+
+    def _text(self, group: int, value: pyarrow.Scalar) -> str:
+        try:
+            return value.as_py()
+        except UnicodeDecodeError as error:
+            raise self._damaged(self._files[self._groups[group][0]], str(error)) from error
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        """The text of a row; negative numbers count from the end.
+
+        Raises:
+            IndexError: there is no such row.
+            IntegrityError: the file cannot be read.
+        """
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        group = bisect_right(self._starts, row) - 1
+        if group in self._cache:
+            self._cache.move_to_end(group)
+        else:
+            self._cache[group] = self._read_group(group)
+            if len(self._cache) > CACHED_ROW_GROUPS:
+                self._cache.popitem(last=False)
+        return self._text(group, self._cache[group][row - self._starts[group]])
+
+    def __iter__(self) -> Iterator[str]:
+        """Every text in order, one row group in memory at a time."""
+        for group in range(len(self._groups)):
+            for value in self._read_group(group):
+                yield self._text(group, value)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

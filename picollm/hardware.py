@@ -1,0 +1,325 @@
+"""What this machine is: CPU, cores, memory, GPUs, disks, and what its chips can do at best.
+
+Facts come from `/proc/cpuinfo`, psutil, cgroups and NVML, never from torch, so asking is cheap. Whether torch can use
+them is another question; `picollm.stages.probe` answers it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from picollm.cgroups import container_cpus, container_memory
+
+PROC_CPUINFO = Path("/proc/cpuinfo")
+# Flags of CPUs that multiply bfloat16 in hardware; elsewhere torch converts to float32 and back, which is slower.
+BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
+BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device as its driver reports it; `index` is torch's, after `CUDA_VISIBLE_DEVICES`."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+    driver: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a process started here may use: cores after affinity and quota, memory after the container's limit."""
+
+    system: str
+    cpu_name: str
+    cpu_flags: frozenset[str]
+    physical_cores: int
+    logical_cores: int
+    memory_bytes: int
+    available_bytes: int
+    gpus: tuple[Gpu, ...]
+
+
+def detect() -> Machine:
+    """Look at this machine. Takes milliseconds; a missing or broken GPU driver means no GPUs, not an error."""
+    import psutil
+
+    cpu = _cpu_info()
+    allowed = _allowed_cpus()
+    logical = len(allowed) if allowed else psutil.cpu_count(logical=True) or 1
+    cores = {cpu.core_of[number] for number in allowed or () if number in cpu.core_of}
+    physical = min(len(cores) or psutil.cpu_count(logical=False) or logical, logical)
+    if quota := container_cpus():
+        # A quota of 1.5 CPUs keeps one thread busy; a second one would be throttled for half of its time.
+        logical = max(1, min(logical, math.floor(quota)))
+        physical = min(physical, logical)
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    if limit := container_memory():
+        total, available = min(total, limit.limit_bytes), min(available, limit.available_bytes)
+    return Machine(
+        system=platform.system(),
+        cpu_name=cpu.name,
+        cpu_flags=cpu.flags,
+        physical_cores=physical,
+        logical_cores=logical,
+        memory_bytes=total,
+        available_bytes=available,
+        gpus=detect_gpus(),
+    )
+
+
+# -- CPU --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """`core_of` maps a logical CPU to its physical core as (socket, core); empty where the kernel does not say."""
+
+    name: str
+    flags: frozenset[str]
+    core_of: dict[int, tuple[str, str]]
+
+
+def parse_cpuinfo(text: str) -> CpuInfo:
+    """Read the text of Linux's `/proc/cpuinfo`, x86 (`flags`) or ARM (`Features`)."""
+    name, flags = "", frozenset[str]()
+    core_of: dict[int, tuple[str, str]] = {}
+    for block in text.split("\n\n"):
+        fields = {}
+        for line in block.splitlines():
+            key, colon, value = line.partition(":")
+            if colon:
+                fields[key.strip()] = value.strip()
+        name = name or fields.get("model name", "")
+        flags = flags or frozenset(fields.get("flags", fields.get("Features", "")).split())
+        if fields.get("processor", "").isdigit() and "core id" in fields:
+            core_of[int(fields["processor"])] = (fields.get("physical id", "0"), fields["core id"])
+    return CpuInfo(name, flags, core_of)
+
+
+def _cpu_info() -> CpuInfo:
+    if PROC_CPUINFO.is_file():
+        info = parse_cpuinfo(PROC_CPUINFO.read_text(errors="replace"))
+        return CpuInfo(info.name or platform.machine(), info.flags, info.core_of)
+    name, flags = platform.processor() or platform.machine(), frozenset[str]()
+    if platform.system() == "Darwin":
+        name = _sysctl("machdep.cpu.brand_string") or name
+        # Apple silicon has no such list; Intel Macs name their extensions in two places.
+        listed = f"{_sysctl('machdep.cpu.features')} {_sysctl('machdep.cpu.leaf7_features')}"
+        flags = frozenset(listed.lower().replace("avx1.0", "avx").split())
+    return CpuInfo(name, flags, {})
+
+
+def _sysctl(key: str) -> str:
+    try:
+        done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _allowed_cpus() -> set[int] | None:
+    """Logical CPUs this process may run on; None where the system has no such mask (macOS)."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+
+# -- GPUs -------------------------------------------------------------------------------------------------------------
+
+
+def detect_gpus() -> tuple[Gpu, ...]:
+    """CUDA devices that `CUDA_VISIBLE_DEVICES` leaves visible, through NVML; none when anything about it fails."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library, a driver that does not match its kernel module: all mean no GPU
+        return ()
+    try:
+        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        return tuple(_read_gpu(pynvml, index, handle, driver) for index, handle in enumerate(_visible(pynvml)))
+    except Exception:
+        return ()
+    finally:
+        with contextlib.suppress(Exception):
+            pynvml.nvmlShutdown()
+
+
+def _visible(nvml: object) -> Iterator[object]:
+    """NVML handles in torch's order. CUDA stops at the first entry of the variable that it does not know."""
+    count = nvml.nvmlDeviceGetCount()
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for entry in map(str, range(count)) if wanted is None else wanted.split(","):
+        entry = entry.strip()
+        if entry.isdigit() and int(entry) < count:
+            yield nvml.nvmlDeviceGetHandleByIndex(int(entry))
+        elif entry.startswith(("GPU-", "MIG-")):
+            yield nvml.nvmlDeviceGetHandleByUUID(entry)
+        else:
+            return
+
+
+def _read_gpu(nvml: object, index: int, handle: object, driver: str) -> Gpu:
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except nvml.NVMLError:
+        # Chips that share the CPU's memory report none of their own.
+        import psutil
+
+        total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    capability = tuple(int(x) for x in nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    return Gpu(index, _text(nvml.nvmlDeviceGetName(handle)), total, free, capability[:2], driver)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+# -- decisions --------------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(machine: Machine, requested: str = "auto") -> tuple[str, str]:
+    """The type of forward and backward pass and why, from what the chip is and never from a timing.
+
+    A timing would differ from start to start, and the type is part of a run's recipe.
+
+    Args:
+        requested: `train.dtype`; anything but `auto` is taken as it is.
+
+    Returns:
+        ("bfloat16" | "float32" | …, reason for a human)
+    """
+    if requested != "auto":
+        return requested, f"`train.dtype` asks for it; this machine's own choice is {compute_dtype(machine)[0]}"
+    if machine.gpus:
+        major, minor = capability = min(gpu.capability for gpu in machine.gpus)
+        if capability >= BF16_CAPABILITY:
+            return "bfloat16", f"the GPU has bfloat16 tensor cores (compute capability {major}.{minor})"
+        return "float32", f"the GPU is older than bfloat16 (compute capability {major}.{minor}, it needs 8.0)"
+    for flag in BF16_CPU_FLAGS:
+        if flag in machine.cpu_flags:
+            return "bfloat16", f"the CPU multiplies bfloat16 in hardware (`{flag}`)"
+    return "float32", "the CPU has neither `amx_bf16` nor `avx512_bf16`"
+
+
+def default_threads(machine: Machine, ranks: int = 1) -> tuple[int, str]:
+    """CPU threads for each of `ranks` processes and why: `OMP_NUM_THREADS`, else an equal share of physical cores."""
+    # OpenMP allows a list, one number per nesting level; the first is what torch uses.
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked), "OMP_NUM_THREADS"
+    shared = f" shared by {ranks} processes" if ranks > 1 else ""
+    cores = f"{machine.physical_cores} physical core{'s' if machine.physical_cores != 1 else ''}"
+    return max(1, machine.physical_cores // ranks), f"{cores}{shared}"
+
+
+def disk_free(path: Path) -> int:
+    """Bytes that this user may still write where `path` is or would be made."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def existing_parent(path: Path) -> Path:
+    """`path` itself or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+# Prices are estimates: typical on-demand dollars per GPU and hour of smaller clouds, rounded; they move every month.
+PRICES_AS_OF = "2025"
+
+
+@dataclass(frozen=True)
+class GpuSpec:
+    """A chip by its data sheet: dense (not sparse) peaks in FLOP/s, float32 accumulation, memory in byte/s.
+
+    `bf16_flops` is None on chips without bfloat16, `fp8_flops` on chips without fp8; `fp32_flops` is the vector units'.
+    """
+
+    name: str
+    bf16_flops: float | None
+    fp8_flops: float | None
+    fp32_flops: float
+    memory_bandwidth: float
+    usd_per_hour: float
+
+    def peak_flops(self, dtype: str) -> float:
+        """Peak FLOP/s in a compute type; types that the chip lacks run at the float32 rate at best."""
+        return (self.bf16_flops if dtype == "bfloat16" else None) or self.fp32_flops
+
+
+# (words that must all occur in the driver's name, spec). The first row that fits wins, so variants come first.
+_T, _TB, _GB = 1e12, 1e12, 1e9
+_GPUS: tuple[tuple[str, GpuSpec], ...] = (
+    ("gb200", GpuSpec("GB200", 2500 * _T, 5000 * _T, 80 * _T, 8.0 * _TB, 6.5)),
+    ("b200", GpuSpec("B200", 2250 * _T, 4500 * _T, 75 * _T, 8.0 * _TB, 5.0)),
+    ("gh200", GpuSpec("GH200", 989 * _T, 1979 * _T, 67 * _T, 4.0 * _TB, 2.5)),
+    ("h200 nvl", GpuSpec("H200 NVL", 835 * _T, 1671 * _T, 60 * _T, 4.8 * _TB, 3.2)),
+    ("h200", GpuSpec("H200", 989 * _T, 1979 * _T, 67 * _T, 4.8 * _TB, 3.5)),
+    ("h100 nvl", GpuSpec("H100 NVL", 835 * _T, 1671 * _T, 60 * _T, 3.9 * _TB, 2.8)),
+    ("h100 pcie", GpuSpec("H100 PCIe", 756 * _T, 1513 * _T, 51 * _T, 2.0 * _TB, 2.4)),
+    ("h100", GpuSpec("H100 SXM", 989 * _T, 1979 * _T, 67 * _T, 3.35 * _TB, 3.0)),
+    ("a100 40gb", GpuSpec("A100 40GB", 312 * _T, None, 19.5 * _T, 1.555 * _TB, 1.3)),
+    ("a100 pcie", GpuSpec("A100 80GB PCIe", 312 * _T, None, 19.5 * _T, 1.935 * _TB, 1.6)),
+    ("a100", GpuSpec("A100 80GB SXM", 312 * _T, None, 19.5 * _T, 2.039 * _TB, 1.8)),
+    ("l40s", GpuSpec("L40S", 362 * _T, 733 * _T, 91.6 * _T, 864 * _GB, 1.0)),
+    ("l40", GpuSpec("L40", 181 * _T, 362 * _T, 90.5 * _T, 864 * _GB, 0.9)),
+    ("l4", GpuSpec("L4", 121 * _T, 242 * _T, 30.3 * _T, 300 * _GB, 0.7)),
+    ("a10g", GpuSpec("A10G", 70 * _T, None, 35 * _T, 600 * _GB, 1.0)),
+    ("a10", GpuSpec("A10", 125 * _T, None, 31.2 * _T, 600 * _GB, 0.75)),
+    ("rtx 6000 ada", GpuSpec("RTX 6000 Ada", 364 * _T, 728 * _T, 91.1 * _T, 960 * _GB, 0.8)),
+    ("rtx 5090", GpuSpec("RTX 5090", 209 * _T, 419 * _T, 105 * _T, 1.792 * _TB, 0.7)),
+    ("rtx 4090", GpuSpec("RTX 4090", 165 * _T, 330 * _T, 82.6 * _T, 1.008 * _TB, 0.5)),
+    ("rtx 3090", GpuSpec("RTX 3090", 71 * _T, None, 35.6 * _T, 936 * _GB, 0.3)),
+    ("v100", GpuSpec("V100", None, None, 15.7 * _T, 900 * _GB, 0.55)),
+    ("t4", GpuSpec("T4", None, None, 8.1 * _T, 320 * _GB, 0.35)),
+    ("mi300x", GpuSpec("MI300X", 1307 * _T, 2615 * _T, 163 * _T, 5.3 * _TB, 2.5)),
+)
+# These make another chip, or a part of one, out of a name in the table; no figure is better than a wrong one.
+_OTHER_CHIP = frozenset({"mig", "laptop", "ti", "d", "super", "max"})
+
+
+def gpu_spec(name: str) -> GpuSpec | None:
+    """The data sheet behind a driver's name such as `NVIDIA H100 80GB HBM3`; None for chips not in the table."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & _OTHER_CHIP:
+        return None
+    return next((spec for wanted, spec in _GPUS if words.issuperset(wanted.split())), None)
+
+
+def cpu_matmul_flops(machine: Machine, dtype: str) -> float:
+    """Useful FLOP/s of one thread in a training step, to the low side; plans use it where nothing was measured.
+
+    "Useful" counts six operations per matrix weight and token plus attention, so norms, copies and small shapes have
+    already been paid for. Measured on small GPTs, forward and backward on one thread, torch 2.13, 2026-11: Sapphire
+    Rapids (AMX) about 100 GFLOP/s in bfloat16 and 70 in float32; Zen 4 75 to 94 and 52 to 60, where a bare matrix
+    product reaches 210 and 85. The rows for AVX2 and everything else are guesses.
+
+    Raises:
+        KeyError: a dtype that no plan has.
+    """
+    flags = machine.cpu_flags
+    if "amx_bf16" in flags:
+        bf16, fp32 = 100e9, 70e9
+    elif "avx512f" in flags:
+        bf16, fp32 = (75e9 if "avx512_bf16" in flags else 25e9), 52e9
+    elif "avx2" in flags:
+        bf16, fp32 = 15e9, 30e9
+    else:
+        bf16, fp32 = 10e9, 20e9
+    return {"bfloat16": bf16, "float32": fp32, "float64": fp32 / 2}[dtype]

@@ -1,0 +1,221 @@
+"""A run's folder -> one JSON value with every figure of the report.
+
+Everything is read from what the stages left behind (recipes, events, records, results); nothing is measured again,
+so the same folder gives the same bytes. What is not there is None, never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from picollm.errors import IntegrityError, MissingArtifact
+from picollm.events import Event, attempts, read_all, read_events
+from picollm.run_dir import SCHEMA, TRAINING_STAGES, RunDir, StageDir, check_schema, datasets_dir, read_json
+from picollm.train.checkpoint_files import checkpoint_dir, checkpoint_sha256, read_meta
+
+# Steps averaged for the loss at the end: one step's loss swings with its documents.
+FINAL_STEPS = 20
+# What a run is made of, in order; `rl` comes only where somebody asked for it.
+EXPECTED_STAGES = ("tokenizer", "pretrain", "sft", "eval")
+
+Figures = dict[str, Any]
+
+
+def collect(run: RunDir) -> Figures:
+    """Every figure of a run, finished or not.
+
+    Raises:
+        IntegrityError: a file of the run is torn or of another version.
+    """
+    stored = run.read_config()
+    stages = {name: _training(run.stage(name)) for name in TRAINING_STAGES if run.stage(name).config_path.is_file()}
+    evaluation, samples = _evaluation(run)
+    has_run = {
+        "tokenizer": run.stage("tokenizer").record() is not None,
+        **{name: figures["state"] == "finished" for name, figures in stages.items()},
+        "eval": bool(evaluation) or bool(samples),
+    }
+    return {
+        "schema": SCHEMA,
+        "run": run.name,
+        "preset": stored.get("preset"),
+        "missing_stages": [name for name in EXPECTED_STAGES if not has_run.get(name, False)],
+        "model": _model(stages),
+        "tokenizer": _tokenizer(run),
+        "data": {name: _sources(run, figures["recipe"].get("data", [])) for name, figures in stages.items()},
+        "stages": stages,
+        "evaluation": evaluation,
+        "samples": samples,
+        "settings": {"sources": stored.get("sources", {}), "config": stored.get("config", {})},
+        "environment": _read(run.environment_path) or {},
+    }
+
+
+def curve(events: list[Event]) -> list[dict[str, float | None]]:
+    """The loss curve: `{"step", "tokens", "loss"}` of each step event, in order."""
+    return [
+        {"step": event["step"], "tokens": event.get("tokens"), "loss": event.get("loss")}
+        for event in events
+        if event["kind"] == "step" and "step" in event
+    ]
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _training(stage: StageDir) -> Figures:
+    """One training stage: what it was asked, how far it came, at what pace."""
+    config = stage.read_config()
+    recipe, runtime = config["recipe"], config["runtime"]
+    record = stage.record()
+    everything, events = read_all(stage.events_path), read_events(stage.events_path)
+    steps = [event for event in events if event["kind"] == "step"]
+    done = steps[-1]["step"] if steps else 0
+    losses = [event["loss"] for event in steps if _finite(event.get("loss"))]
+    computed = [event for event in everything if event["kind"] == "step"]
+    stepping_s = math.fsum(event.get("dt_s") or 0.0 for event in computed)
+    checkpoint = _checkpoint(stage)
+    return {
+        "state": _state(record, everything),
+        "steps": done,
+        "total_steps": recipe.get("steps"),
+        "tokens": done * recipe["batch_tokens"] if recipe.get("batch_tokens") else None,
+        "loss_first": losses[0] if losses else None,
+        "loss_final": math.fsum(losses[-FINAL_STEPS:]) / len(losses[-FINAL_STEPS:]) if losses else None,
+        "loss_final_steps": len(losses[-FINAL_STEPS:]),
+        "validation": [
+            {key: event.get(key) for key in ("step", "name", "value", "stderr", "n")}
+            for event in events
+            if event["kind"] == "eval"
+        ],
+        **_timing(everything),
+        "cpu_s": (record["result"] if record else checkpoint or {}).get("cpu_s"),
+        "tokens_per_s": len(computed) * recipe.get("batch_tokens", 0) / stepping_s if stepping_s else None,
+        "attempts": attempts(stage.events_path),
+        "resumed_from": [
+            event["resumed_from"] for event in everything if event["kind"] == "stage_start" and event["resumed_from"]
+        ],
+        "checkpoint": checkpoint,
+        "recipe": recipe,
+        "runtime": runtime,
+        "result": record["result"] if record else None,
+        "notes": [event.get("text", "") for event in everything if event["kind"] == "note"],
+    }
+
+
+def _checkpoint(stage: StageDir) -> Figures | None:
+    """The newest checkpoint: step, hash of its weights, CPU-seconds behind it; None where there is none to trust."""
+    try:
+        step, sha256 = checkpoint_sha256(stage)
+        return {"step": step, "sha256": sha256, "cpu_s": read_meta(checkpoint_dir(stage, step)).get("cpu_s")}
+    except (MissingArtifact, IntegrityError):
+        return None
+
+
+def _state(record: Figures | None, events: list[Event]) -> str:
+    """`finished`, `stopped` (on request or by a crash), `running` (or killed without a word) or `not started`."""
+    if record is not None:
+        return "finished"
+    boundaries = [event for event in events if event["kind"] in ("stage_start", "stage_end")]
+    if not boundaries:
+        return "not started"
+    return "running" if boundaries[-1]["kind"] == "stage_start" else "stopped"
+
+
+def _timing(events: list[Event]) -> Figures:
+    """When it ran (UTC), and seconds on the clock over all attempts, each from its start to its last word."""
+    wall_s, start, last = 0.0, None, None
+    for event in events:
+        if event["kind"] == "stage_start":
+            wall_s += last - start if start is not None and last is not None else 0.0
+            start = event.get("t")
+        last = event.get("t", last)
+    wall_s += last - start if start is not None and last is not None else 0.0
+    times = [event["t"] for event in events if _finite(event.get("t"))]
+    return {
+        "started_at": _utc(times[0]) if times else None,
+        "ended_at": _utc(times[-1]) if times else None,
+        "wall_s": round(wall_s, 3) if events else None,
+    }
+
+
+def _model(stages: dict[str, Figures]) -> Figures | None:
+    """Shape and size of what was trained; the recipe of the first stage decides for all."""
+    from picollm.config.model import Architecture
+    from picollm.scaling import num_params
+
+    for figures in stages.values():
+        if shape := figures["recipe"].get("model"):
+            return {**shape, "num_params": num_params(Architecture.model_validate(shape)).total}
+    return None
+
+
+def _tokenizer(run: RunDir) -> Figures | None:
+    record = run.stage("tokenizer").record()
+    if record is None:
+        return None
+    output = record["outputs"].get("tokenizer.json", {})
+    return {"sha256": output.get("sha256"), **record["result"]}
+
+
+def _sources(run: RunDir, sources: list[Figures]) -> list[Figures]:
+    """What a recipe read, with the dataset's own account of itself where it still is what it was."""
+    from picollm.run_dir import sha256_file
+
+    found = []
+    for source in sources:
+        path = datasets_dir(run.base) / source["dataset"] / "dataset.json"
+        description = _read(path) if path.is_file() and sha256_file(path) == source["sha256"] else None
+        figures = {**source, "unchanged": description is not None}
+        if description is not None:
+            figures |= {key: description.get(key) for key in ("kind", "source", "totals", "files")}
+        found.append(figures)
+    return found
+
+
+def _evaluation(run: RunDir) -> tuple[Figures, list[Figures]]:
+    """Scores as stage -> {"step", "suites": {suite: {task: …}}}, and the samples that were decoded."""
+    scores: Figures = {}
+    samples: list[Figures] = []
+    for path in sorted((run.path / "eval").glob("*/results.json")):
+        if StageDir(path.parent).record() is None:
+            continue  # torn by a crash: the suite runs again
+        results = check_schema(path, read_json(path))
+        of_stage = scores.setdefault(results["stage"], {"step": results["step"], "suites": {}})
+        for suite, tasks in results["suites"].items():
+            of_stage["suites"][suite] = tasks
+        samples += _samples(path.parent, results)
+    order = {name: index for index, name in enumerate(TRAINING_STAGES)}
+    return dict(sorted(scores.items(), key=lambda item: order.get(item[0], len(order)))), samples
+
+
+def _samples(folder: Path, results: Figures) -> list[Figures]:
+    """What the `samples` suite wrote; the replies of the chat tasks are too many for a report."""
+    from json import JSONDecodeError, loads
+
+    path = folder / "samples.jsonl"
+    if "samples" not in results["suites"] or not path.is_file():
+        return []
+    try:
+        lines = [loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"`{path}` is not readable JSON lines", cause=str(error)) from error
+    return [{"stage": results["stage"], "prompt": line["prompt"], "text": line["text"]} for line in lines]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

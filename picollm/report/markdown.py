@@ -1,0 +1,328 @@
+"""The figures of a run as a page for a person."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from picollm.report.plots import UNITS
+
+Figures = dict[str, Any]
+
+NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
+ABSENT = "–"
+# Rows of the recipe table that are shown elsewhere, or are tables themselves.
+_RECIPE_ELSEWHERE = frozenset({"stage", "model", "data", "dtype_reason"})
+
+
+def render(figures: Figures, *, plot: str | None) -> str:
+    """The whole page.
+
+    Args:
+        plot: path of the loss curve relative to the page, None where there is nothing to draw.
+    """
+    sections = [
+        f"# Run `{figures['run']}`\n\n{headline(figures)}",
+        *_missing(figures),
+        "## Summary\n\n" + _table(["", ""], summary(figures)),
+        *_loss(figures, plot),
+        *_data(figures),
+        *_recipe(figures),
+        *_evaluation(figures),
+        *_samples(figures),
+        *_notes(figures),
+        *_environment(figures),
+        *_use(figures),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def headline(figures: Figures) -> str:
+    """What was trained, in one or two sentences."""
+    model = figures["model"]
+    if model is None:
+        return "Nothing has been trained in this run yet."
+    sources = {name: [source["dataset"] for source in of_stage] for name, of_stage in figures["data"].items()}
+    parts = [
+        f"{NAMES.get(name, name).lower()} on {_and([f'`{source}`' for source in sources[name]])} "
+        f"for {stage['steps']:,} steps ({count(stage['tokens'])} tokens)"
+        for name, stage in figures["stages"].items()
+        if stage["steps"]
+    ]
+    size = f"A model of {count(model['num_params'])} parameters from preset `{figures['preset']}`"
+    return f"{size}: {', then '.join(parts)}." if parts else f"{size}, not trained yet."
+
+
+def summary(figures: Figures) -> list[tuple[str, str]]:
+    """(label, value) of what a reader wants first; also what the command prints."""
+    rows = []
+    if model := figures["model"]:
+        shape = f"{model['num_hidden_layers']} layers, width {model['hidden_size']:,}, {model['arch']}"
+        rows.append(("Model", f"{model['num_params']:,} parameters, {shape}"))
+    if tokenizer := figures["tokenizer"]:
+        size = f"{tokenizer['vocab_size']:,} tokens, " if "vocab_size" in tokenizer else ""
+        rows.append(("Tokenizer", f"{size}sha256 {_short(tokenizer['sha256'])}"))
+    for name, stage in figures["stages"].items():
+        rows.append((NAMES.get(name, name), _progress(stage)))
+    for name, stage in figures["stages"].items():
+        if checkpoint := stage["checkpoint"]:
+            text = f"step {checkpoint['step']:,}, sha256 {_short(checkpoint['sha256'])}"
+            rows.append((f"Weights ({name})", text))
+    if stages := [stage for stage in figures["stages"].values() if stage["steps"]]:
+        rows.append(("Compute type", f"{stages[0]['recipe']['dtype']} ({stages[0]['recipe']['dtype_reason']})"))
+        rows.append(("Time", _total_time(stages)))
+        rows.append(("When", f"{stages[0]['started_at']} to {stages[-1]['ended_at']}"))
+    for name, evaluation in figures["evaluation"].items():
+        for suite, tasks in evaluation["suites"].items():
+            if line := _suite_line(suite, tasks):
+                rows.append((f"{suite} ({name})", line))
+    return rows
+
+
+# -- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _missing(figures: Figures) -> list[str]:
+    if not figures["missing_stages"]:
+        return []
+    names = _and([f"`{name}`" for name in figures["missing_stages"]])
+    verb = "has" if len(figures["missing_stages"]) == 1 else "have"
+    return [f"**Not complete: {names} {verb} not finished.** Continue with `picollm speedrun --run {figures['run']}`."]
+
+
+def _loss(figures: Figures, plot: str | None) -> list[str]:
+    rows = [
+        (
+            NAMES.get(name, name),
+            _number(stage["loss_first"], 3),
+            _number(stage["loss_final"], 3),
+            f"{stage['tokens']:,}",
+            f"{stage['tokens_per_s']:,.0f}" if stage["tokens_per_s"] else ABSENT,
+            _last_validation(stage),
+        )
+        for name, stage in figures["stages"].items()
+        if stage["steps"]
+    ]
+    if not rows:
+        return []
+    spans = {stage["loss_final_steps"] for stage in figures["stages"].values() if stage["steps"]}
+    table = _table(["Stage", "First loss", "Final loss", "Tokens", "Tokens/s", "Validation"], rows, right="123")
+    steps = _and([str(number) for number in sorted(spans)])
+    note = f"Losses are nats per token; the final one is the mean of the last {steps} steps."
+    picture = [f"![Training loss and validation over tokens]({plot})"] if plot else []
+    return ["\n\n".join(["## Loss", *picture, table, note])]
+
+
+def _data(figures: Figures) -> list[str]:
+    rows = [
+        (
+            NAMES.get(name, name),
+            f"`{source['dataset']}`",
+            source.get("kind") or "gone or changed since",
+            _rows(source, "train"),
+            _rows(source, "validation"),
+            _number(source["weight"], 2),
+            f"`{_short(source['sha256'])}`",
+        )
+        for name, sources in figures["data"].items()
+        for source in sources
+    ]
+    if not rows:
+        return []
+    head = ["Stage", "Dataset", "Kind", "Train rows", "Validation rows", "Weight", "sha256"]
+    note = "The hash is that of `dataset.json`, which pins every file; `report.json` lists them with their own."
+    return ["## Data\n\n" + _table(head, rows, right="345") + "\n\n" + note]
+
+
+def _recipe(figures: Figures) -> list[str]:
+    stages = figures["stages"]
+    if not stages:
+        return []
+    flat = {name: dict(_flatten(stage["recipe"])) for name, stage in stages.items()}
+    keys = [key for key in dict.fromkeys(k for values in flat.values() for k in values) if _shown(key)]
+    rows = [(f"`{key}`", *(_value(flat[name].get(key)) for name in stages)) for key in keys]
+    rows += [
+        (f"runtime `{key}`", *(_value(stage["runtime"].get(key)) for stage in stages.values()))
+        for key in dict.fromkeys(k for stage in stages.values() for k in stage["runtime"])
+    ]
+    text = "## Recipe\n\n" + _table(["", *(NAMES.get(name, name) for name in stages)], rows)
+    if model := figures["model"]:
+        text += "\n\n### Model\n\n" + _table(["", ""], [(f"`{key}`", _value(value)) for key, value in model.items()])
+    if sources := figures["settings"]["sources"]:
+        values = dict(_flatten(figures["settings"]["config"]))
+        rows = [(f"`{key}`", _value(values.get(key)), source) for key, source in sources.items()]
+        text += "\n\n### Settings that are not defaults\n\n" + _table(["Key", "Value", "Set by"], rows)
+    return [text]
+
+
+def _evaluation(figures: Figures) -> list[str]:
+    parts = []
+    for name, evaluation in figures["evaluation"].items():
+        for suite, tasks in evaluation["suites"].items():
+            if suite == "samples" or not tasks:
+                continue
+            rows = [
+                (f"`{task}`", _number(r["score"], 4 if suite == "bpb" else 3), _number(r["stderr"], 4), _value(r["n"]))
+                for task, r in tasks.items()
+                if "score" in r
+            ]
+            unit = "Bits per byte" if suite == "bpb" else "Score"
+            title = f"### `{suite}` of {NAMES.get(name, name).lower()}, step {evaluation['step']:,}"
+            parts.append(title + "\n\n" + _table(["Task", unit, "Standard error", "n"], rows, right="123"))
+    return ["\n\n".join(["## Evaluation", *parts])] if parts else []
+
+
+def _samples(figures: Figures) -> list[str]:
+    parts = []
+    for sample in figures["samples"]:
+        text = f"> {sample['prompt']}\n\n{sample['text']}"
+        # A fence longer than any inside, so that no reply can end it.
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+        parts.append(f"{NAMES.get(sample['stage'], sample['stage'])}:\n\n{fence}text\n{text}\n{fence}")
+    return ["\n\n".join(["## Samples", "Decoded greedily.", *parts])] if parts else []
+
+
+def _notes(figures: Figures) -> list[str]:
+    lines = []
+    for name, stage in figures["stages"].items():
+        if stage["attempts"] > 1:
+            steps = _and([f"{step:,}" for step in stage["resumed_from"]]) or "the beginning"
+            lines.append(f"- {name}: {stage['attempts']} attempts, resumed from step {steps}")
+        lines += [f"- {name}: {_cell(note)}" for note in dict.fromkeys(stage["notes"])]
+    return ["\n".join(["## Notes", "", *lines])] if lines else []
+
+
+def _environment(figures: Figures) -> list[str]:
+    rows = [(f"`{key}`", _value(value)) for key, value in _flatten(figures["environment"])]
+    return ["## Environment\n\n" + _table(["", ""], rows)] if rows else []
+
+
+def _use(figures: Figures) -> list[str]:
+    if not any(stage["state"] == "finished" for stage in figures["stages"].values()):
+        return []
+    run = figures["run"]
+    commands = [
+        f"picollm chat --run {run}",
+        f"picollm eval --run {run}",
+        f"picollm manifest verify --run {run}",
+    ]
+    return ["## Use it\n\n```bash\n" + "\n".join(commands) + "\n```"]
+
+
+# -- pieces of text ---------------------------------------------------------------------------------------------------
+
+
+def count(value: float | None) -> str:
+    """A large number for reading: 1.05 M, 245.8 k."""
+    if value is None:
+        return ABSENT
+    for divisor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= divisor:
+            return f"{value / divisor:.4g} {letter}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for reading: 42 s, 3 min 05 s, 2 h 10 min."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _progress(stage: Figures) -> str:
+    if stage["state"] == "not started":
+        return "not started"
+    total = f" of {stage['total_steps']:,}" if stage["total_steps"] else ""
+    text = f"{stage['state']}, {stage['steps']:,}{total} steps, {count(stage['tokens'])} tokens"
+    if stage["loss_final"] is not None:
+        text += f", loss {stage['loss_first']:.2f} → {stage['loss_final']:.3f}"
+    return text
+
+
+def _total_time(stages: Sequence[Figures]) -> str:
+    text = f"{duration(sum(stage['wall_s'] or 0.0 for stage in stages))} on the clock"
+    if all(stage["cpu_s"] is not None for stage in stages):
+        text += f", {sum(stage['cpu_s'] for stage in stages):,.0f} CPU-seconds"
+    return text + " in the training stages"
+
+
+def _suite_line(suite: str, tasks: Figures) -> str:
+    scored = {task: r for task, r in tasks.items() if isinstance(r, dict) and "score" in r}
+    digits = 4 if suite == "bpb" else 2
+    return ", ".join(f"{task} {_with_error(r, digits)}" for task, r in scored.items())
+
+
+def _with_error(result: Figures, digits: int) -> str:
+    error = f" ± {result['stderr']:.{digits}f}" if result.get("stderr") is not None else ""
+    return f"{_number(result['score'], digits)}{error} (n {result['n']:,})"
+
+
+def _last_validation(stage: Figures) -> str:
+    if not stage["validation"]:
+        return ABSENT
+    last = stage["validation"][-1]
+    error = f" ± {last['stderr']:.4f}" if last["stderr"] is not None else ""
+    return f"{_number(last['value'], 4)}{error} {UNITS.get(last['name'], last['name'])}"
+
+
+def _rows(source: Figures, split: str) -> str:
+    files = [file for file in source.get("files") or [] if file["split"] == split]
+    return f"{sum(file['rows'] for file in files):,}" if files else ABSENT
+
+
+def _shown(key: str) -> bool:
+    return key.split(".")[0] not in _RECIPE_ELSEWHERE
+
+
+def _flatten(values: Figures, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _value(value: Any) -> str:
+    if value is None or value == []:
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if value >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_value(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+    return str(value)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def _short(sha256: str | None) -> str:
+    return sha256[:12] if sha256 else ABSENT
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else " and ".join([", ".join(names[:-1]), names[-1]]) if names else ""
+
+
+def _cell(text: str) -> str:
+    """Text that cannot leave its table cell or list line."""
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> str:
+    """A Markdown table; `right` names the columns of numbers by index."""
+    line = ["---:" if str(index) in right else "---" for index in range(len(head))]
+    body = [[_cell(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), line, *body])

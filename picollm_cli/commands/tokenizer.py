@@ -1,0 +1,184 @@
+"""Train a run's tokenizer, measure it, and look at how it cuts text."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from picollm.errors import ConfigError
+from picollm_cli import options
+from picollm_cli.console import Output
+
+if TYPE_CHECKING:
+    from picollm.tokenizer.tokenizer import Tokenizer
+
+app = typer.Typer(no_args_is_help=True, help="Train, measure and look at the tokenizer.")
+
+EVAL_CHARS = 5_000_000  # of the validation split: enough to rank tokenizers, seconds to read
+COLOURS = ("black on bright_cyan", "black on bright_yellow")
+
+
+@app.command()
+def train(
+    run: options.Run = None,
+    preset: options.Preset = None,
+    config: options.ConfigFile = None,
+    sets: options.Set = None,
+    json: options.Json = False,
+) -> None:
+    """Train the run's tokenizer on its dataset.
+
+    Makes the run when there is none of that name. A tokenizer that is already there and intact is kept.
+
+    \b
+    Examples:
+      picollm tokenizer train --preset demo
+      picollm tokenizer train --run peps --preset cpu-small --set data.dataset=peps
+      picollm tokenizer train --run peps --set tokenizer.vocab_size=4096
+    """
+    from picollm.run_dir import StageDir, hold_lock
+    from picollm.tokenizer.stage import train_stage
+    from picollm_cli.prepare import prepare_run
+
+    out = Output(json)
+    target, resolved = prepare_run(out, run=run, preset=preset, config=config, sets=sets)
+    stage = StageDir(target.tokenizer)
+    with hold_lock(target.lock_path, f"run `{target.name}`"):
+        before = stage.record()
+        with out.progress("tokenizer", unit="characters") as update:
+            record = train_stage(target, resolved, on_progress=update)
+    skipped = record == before
+    result = record["result"]
+    wanted = resolved.tokenizer.vocab_size
+    if result["vocab_size"] < wanted:
+        out.warn(
+            f"the text yields {result['vocab_size']:,} tokens, fewer than the {wanted:,} asked for; "
+            "the model becomes that much smaller"
+        )
+    out.print(
+        f"{'Kept' if skipped else 'Trained'} tokenizer of run `{target.name}`: {result['vocab_size']:,} tokens "
+        f"from {result['chars']:,} characters"
+    )
+    if not skipped:
+        out.hint(f"see it work with `picollm tokenizer show --run {target.name} 'Hello world'`")
+    out.result({"run": target.name, "path": str(target.tokenizer), "skipped": skipped, **result})
+
+
+@app.command("eval")
+def evaluate(run: options.Run = None, json: options.Json = False) -> None:
+    """Measure bytes per token by kind of text, round trips and speed.
+
+    Reads the validation split of the run's dataset and small built-in samples of prose, code, numbers and other
+    scripts.
+
+    \b
+    Examples:
+      picollm tokenizer eval
+      picollm tokenizer eval --run peps --json
+    """
+    from picollm.data import datasets
+    from picollm.errors import IntegrityError
+    from picollm.run_dir import find_run
+    from picollm.tokenizer.quality import evaluate as measure
+    from picollm.tokenizer.tokenizer import Tokenizer
+    from picollm.tokenizer.train import capped
+
+    out = Output(json)
+    target = find_run(run)
+    tokenizer = Tokenizer.load(target.tokenizer)
+    dataset = datasets.ensure(target.read_config()["config"]["data"]["dataset"], base=target.base)
+    validation = capped(dataset.documents("validation"), max_chars=EVAL_CHARS, doc_chars=EVAL_CHARS)
+    quality = measure(tokenizer, {"validation": validation})
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("text")
+    for heading in ("documents", "bytes", "tokens", "bytes per token"):
+        table.add_column(heading, justify="right")
+    for name, kind in quality.kinds.items():
+        numbers = (f"{kind.documents:,}", f"{kind.bytes:,}", f"{kind.tokens:,}", f"{kind.bytes_per_token:.2f}")
+        table.add_row(name, *numbers)
+    out.print(table)
+    failed = len(quality.round_trip_failed)
+    out.print()
+    out.print(f"vocabulary    {quality.vocab_size:,} tokens, {quality.unused_share:.1%} not needed by these texts")
+    out.print(f"round trip    {quality.round_trip_texts - failed:,} of {quality.round_trip_texts:,} texts exact")
+    out.print(f"unknown bytes {quality.unknown_bytes}")
+    if quality.chars_per_cpu_s:
+        out.print(f"speed         {quality.chars_per_cpu_s / 1e6:.1f} M characters per CPU-second")
+    if failed or quality.unknown_bytes:
+        raise IntegrityError(
+            f"the tokenizer of run `{target.name}` does not keep text as it is",
+            cause=f"{failed} texts do not round-trip, {quality.unknown_bytes} bytes are unknown; "
+            f"the first text is {quality.round_trip_failed[:1]!r}",
+            hint=f"make it again with `picollm speedrun --run {target.name} --force tokenizer`",
+        )
+    out.result({"run": target.name, **quality.to_dict()})
+
+
+@app.command()
+def show(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Text to cut into tokens; `-` reads stdin.")],
+    run: options.Run = None,
+    json: options.Json = False,
+) -> None:
+    """Show how a text is cut into tokens.
+
+    Tokens take turns in colour; without colour a bar stands between them. Bytes that are no character of their own
+    are shown as <E2>.
+
+    \b
+    Examples:
+      picollm tokenizer show "Who are you?"
+      picollm tokenizer show --json "7 plus 5 is 12."
+      cat README.md | picollm tokenizer show -
+    """
+    from picollm.run_dir import find_run
+    from picollm.tokenizer.tokenizer import Tokenizer
+
+    out = Output(json)
+    if text == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
+        data = text.encode("utf-8", "surrogateescape")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "the text is not UTF-8", cause=str(error), hint="convert it first, for example with `iconv -t utf-8`"
+        ) from None
+    tokenizer = Tokenizer.load(find_run(run).tokenizer)
+    ids = tokenizer.encode(text)
+    out.print(coloured(tokenizer, ids, colour=out.stdout.color_system is not None and not out.stdout.no_color))
+    num_bytes = sum(tokenizer.token_bytes[token] for token in ids)
+    if not json:
+        ratio = f", {num_bytes / len(ids):.2f} bytes per token" if ids else ""
+        out.note(f"{len(ids):,} tokens, {num_bytes:,} bytes{ratio}", style="quiet")
+    out.result({"ids": ids, "tokens": [visible(tokenizer.id_to_bytes(token)) for token in ids], "bytes": num_bytes})
+
+
+def coloured(tokenizer: Tokenizer, ids: list[int], *, colour: bool) -> Text:
+    """The tokens one after the other, in alternating colours or with bars between them."""
+    shown = Text()
+    for i, token in enumerate(ids):
+        if i and not colour:
+            shown.append("│")
+        shown.append(visible(tokenizer.id_to_bytes(token)), style=COLOURS[i % 2] if colour else None)
+    return shown
+
+
+def visible(piece: bytes) -> str:
+    """A token as text; bytes that are no whole character, and control characters but tab and newline, as <1B>."""
+    try:
+        text = piece.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<{byte:02X}>" for byte in piece)
+    return "".join(
+        f"<{ord(character):02X}>" if unicodedata.category(character) == "Cc" and character not in "\t\n" else character
+        for character in text
+    )

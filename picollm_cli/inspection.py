@@ -1,0 +1,157 @@
+"""What checks are made of: their answer, the facts they read, and words for numbers."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from picollm.errors import PicollmError
+
+if TYPE_CHECKING:
+    from picollm.config.schema import RunConfig
+    from picollm.data.datasets import Dataset
+    from picollm.hardware import Machine
+    from picollm.plan import Plan
+    from picollm.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found: `block` stops a run, `warn` costs speed or safety, `info` is worth knowing."""
+
+    id: str
+    level: Literal["ok", "info", "warn", "block"]
+    detail: str
+    fix: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Inspection:
+    """Facts about this machine and the run it is looked at for.
+
+    Args:
+        run: an existing run, whose stored config is looked at; None looks at a new one.
+        preset: where a new run starts.
+        config_path: `--config` of this call, over the preset or the stored config.
+        sets: `--set` arguments of this call.
+    """
+
+    def __init__(
+        self,
+        run: RunDir | None = None,
+        preset: str | None = None,
+        config_path: Path | None = None,
+        sets: Sequence[str] = (),
+    ) -> None:
+        self.run = run
+        self.preset, self.config_path, self.sets = preset, config_path, tuple(sets)
+
+    @cached_property
+    def machine(self) -> Machine:
+        from picollm.hardware import detect
+
+        return detect()
+
+    @cached_property
+    def torch(self) -> dict[str, Any]:
+        """The probe's answer; raises HostError when torch does not work."""
+        from picollm.torch_facts import torch_facts
+
+        return torch_facts(self.machine)
+
+    @cached_property
+    def config(self) -> RunConfig:
+        from picollm.config.resolve import resolve, resolve_existing
+
+        if self.run is not None:
+            stored = self.run.read_config()
+            return resolve_existing(stored, config_path=self.config_path, sets=self.sets).config
+        return resolve(preset=self.preset, config_path=self.config_path, sets=self.sets).config
+
+    @cached_property
+    def plan(self) -> Plan:
+        from picollm.plan import make_plan
+
+        return make_plan(self.config, self.machine, dataset_chars=self._dataset_chars())
+
+    def dataset(self, name: str) -> Dataset | None:
+        """A dataset by name; None for the toy world's when they are not made yet."""
+        from picollm.data.datasets import TOY_NAMES, Dataset
+        from picollm.errors import MissingArtifact
+
+        try:
+            found = Dataset.open(name)
+            found.check_sizes()
+        except MissingArtifact:
+            if name in TOY_NAMES:
+                return None
+            raise
+        return found
+
+    def _dataset_chars(self) -> int | None:
+        try:
+            dataset = self.dataset(self.config.data.dataset)
+        except PicollmError:
+            return None  # the check `dataset` says why; the plan goes on with an estimate
+        return dataset.chars("train") if dataset else None
+
+    def require_config(self) -> None:
+        """Resolve the config now, so that what is wrong with it is an error of the command.
+
+        Raises:
+            ConfigError: an unknown preset or key, or a value out of range.
+        """
+        try:
+            _ = self.config
+        except ImportError:
+            return  # without its packages nothing resolves; the check `packages` says which one is missing
+
+    @property
+    def subject(self) -> str:
+        """What the plan is for, as a phrase."""
+        return f"run `{self.run.name}`" if self.run else f"preset `{self.preset}`"
+
+    @property
+    def command(self) -> str:
+        """The command line that trains it, for the next step."""
+        words = ["picollm", "speedrun", *(("--run", self.run.name) if self.run else ("--preset", str(self.preset)))]
+        if self.config_path:
+            words += ["--config", str(self.config_path)]
+        for argument in self.sets:
+            words += ["--set", argument]
+        return shlex.join(words)
+
+
+# -- words for numbers ------------------------------------------------------------------------------------------------
+
+
+def gib(num_bytes: float) -> str:
+    """Memory or disk: `1.5 GiB`, `780 MiB`."""
+    size = num_bytes / 2**30
+    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.1f} GiB" if size >= 1 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def rate_text(rate: float | None) -> str:
+    """A rate of arithmetic: `85 GFLOP/s`; None is a type that does not run."""
+    if rate is None:
+        return "does not run"
+    return f"{rate / 1e12:.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:.0f} GFLOP/s"
+
+
+def duration(seconds: float) -> str:
+    """A length of time to one or two digits: `2.4 hours`."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with text in an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

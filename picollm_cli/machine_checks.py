@@ -1,0 +1,278 @@
+"""Checks of this machine: Python, packages, torch, device, cores, memory, disk. One function per check."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from picollm.errors import HostError
+from picollm_cli.inspection import Check, Inspection, first_line, gib, rate_text
+
+DISTRIBUTION = "picollm-cli"
+# Distributions whose import name is not their own with `_` for `-`.
+IMPORT_NAMES = {"nvidia-ml-py": "pynvml"}
+# The largest process of preset `demo` stays below this.
+LEAST_MEMORY_BYTES = 1.5 * 2**30
+LEAST_DISK_BYTES = 2**30
+# cuDNN versions read as in its headers: 9.15.0 is 91500. Newer ones carry Hopper's fast attention.
+CUDNN_FAST_ATTENTION = 91500
+
+
+# -- Python and its packages ------------------------------------------------------------------------------------------
+
+
+def check_python(_: Inspection) -> Check:
+    version, wanted = ".".join(map(str, sys.version_info[:3])), (3, 11)
+    if sys.version_info < wanted:
+        return Check("python", "block", f"{version}; picollm needs 3.11 or newer", "make a venv with a newer Python")
+    if sys.maxsize < 2**32:
+        return Check("python", "block", f"{version}, 32 bits; torch exists for 64 only", "install a 64-bit Python")
+    return Check("python", "ok", version)
+
+
+def check_packages(_: Inspection) -> Check:
+    from importlib import metadata
+
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return Check("packages", "block", "packaging is not installed", "`pip install packaging`")
+    try:
+        declared = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        return Check(
+            "packages", "warn", f"`{DISTRIBUTION}` is not installed, so its requirements are not known",
+            "install it with `pip install -e .` in its checkout",
+        )  # fmt: skip
+    needed = [need for need in declared if need.marker is None or need.marker.evaluate({"extra": ""})]
+    problems = [(need, problem) for need in needed if (problem := _package_problem(need))]
+    if problems:
+        names = " ".join(f'"{need}"' for need, _ in problems)
+        return Check("packages", "block", "; ".join(text for _, text in problems), f"`pip install {names}`")
+    return Check("packages", "ok", f"{len(needed)} required packages are installed and load")
+
+
+def _package_problem(need: Any) -> str | None:
+    """What is wrong with one required package. Everything but torch is really imported: files alone prove little."""
+    import importlib
+    import warnings
+    from importlib import metadata
+
+    try:
+        version = metadata.version(need.name)
+    except metadata.PackageNotFoundError:
+        return f"{need.name} is not installed"
+    if not need.specifier.contains(version, prereleases=True):
+        return f"{need.name} {version} is installed, `{need.specifier}` is needed"
+    if need.name == "torch":
+        return None  # a second of work, and the check `torch` does it in a process of its own
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(IMPORT_NAMES.get(need.name, need.name.replace("-", "_")))
+    except Exception as error:
+        return f"{need.name} {version} does not load ({type(error).__name__}: {first_line(error)})"
+    return None
+
+
+def check_package_conflict(_: Inspection) -> Check:
+    from importlib import metadata
+
+    owners = set(metadata.packages_distributions().get("picollm", ()))
+    # An unrelated project has this name on the package index; it may own no file of ours and still shadow the command.
+    owners |= {dist.name for dist in metadata.distributions(name="picollm")}
+    foreign = sorted(owners - {DISTRIBUTION})
+    if foreign:
+        return Check(
+            "package.conflict", "warn", f"`{', '.join(foreign)}` is installed under the name `picollm` too",
+            f"`pip uninstall {' '.join(foreign)}`, then install `{DISTRIBUTION}` again",
+        )  # fmt: skip
+    return Check("package.conflict", "ok", "no other distribution uses the name `picollm`")
+
+
+def check_torch(at: Inspection) -> Check:
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    from picollm.torch_facts import torch_version
+
+    version = torch_version()
+    if version is None:
+        return Check("torch", "block", "torch is not installed", '`pip install "torch>=2.9,<2.14"`')
+    try:
+        facts = at.torch
+    except HostError as error:
+        return Check("torch", "block", f"{version}: {error.cause}", error.hint)
+    try:
+        declared = [
+            need for text in metadata.requires(DISTRIBUTION) or () if (need := Requirement(text)).name == "torch"
+        ]
+    except metadata.PackageNotFoundError:
+        declared = []
+    if any(not need.specifier.contains(version, prereleases=True) for need in declared):
+        return Check("torch", "block", f"{version} is not `{declared[0].specifier}`", f'`pip install "{declared[0]}"`')
+    compiler = facts["compile"]["compiler"] or "no C++ compiler"
+    detail = f"{facts['torch']}, {facts['build']} build, {'gloo' if facts['distributed']['gloo'] else 'no gloo'}"
+    detail += f"{', nccl' if facts['distributed']['nccl'] else ''}; torch.compile: {compiler}"
+    return Check("torch", "ok", detail)
+
+
+# -- compute ----------------------------------------------------------------------------------------------------------
+
+
+def check_device(at: Inspection) -> Check:
+    from picollm.hardware import gpu_spec
+
+    machine = at.machine
+    if not machine.gpus:
+        return Check("device", "info", f"CPU: {machine.cpu_name}; no CUDA GPU, presets `demo` and `cpu-small` fit it")
+    gpu = machine.gpus[0]
+    spec = gpu_spec(gpu.name)
+    peak = f", {spec.peakrate_text('bfloat16') / 1e12:.0f} TFLOP/s at best" if spec else ""
+    detail = f"{len(machine.gpus)} x {gpu.name}, {gib(gpu.memory_bytes)}{peak}, driver {gpu.driver}"
+    cuda = at.torch["cuda"]
+    if not cuda["available"]:
+        why = "this torch is a CPU build" if at.torch["build"] == "cpu" else cuda["reason"]
+        return Check(
+            "device", "block", f"{detail}; torch cannot use it: {why}",
+            "install a CUDA build of torch that fits the driver, or train on the CPU with `CUDA_VISIBLE_DEVICES=`",
+        )  # fmt: skip
+    if len({other.name for other in machine.gpus}) > 1:
+        names = ", ".join(other.name for other in machine.gpus)
+        return Check(
+            "device",
+            "warn",
+            f"unequal GPUs ({names}): the slowest sets the pace",
+            "pick equal ones with `CUDA_VISIBLE_DEVICES`",
+        )
+    return Check("device", "ok", detail)
+
+
+def check_dtype(at: Inspection) -> Check:
+    from picollm.hardware import compute_dtype
+
+    dtype, reason = compute_dtype(at.machine, at.config.train.dtype)
+    fact = at.torch["bf16" if dtype == "bfloat16" else "fp32"]
+    if not fact["works"]:
+        return Check("dtype", "block", f"{dtype}: {fact['error']}", "choose another with `--set train.dtype=float32`")
+    fp32, bf16 = (at.torch[name]["flops_per_s"] for name in ("fp32", "bf16"))
+    rates = f"; matrix products: float32 {rate_text(fp32)}, bfloat16 {rate_text(bf16)}"
+    if dtype == "bfloat16" and bf16 and fp32 and bf16 < fp32:
+        return Check(
+            "dtype", "warn", f"{dtype}: {reason}{rates}; it is slower here", "leave it out: `--set train.dtype=auto`"
+        )
+    return Check("dtype", "ok", f"{dtype}: {reason}{rates}")
+
+
+def check_attention(at: Inspection) -> Check:
+    plan, facts = at.plan, at.torch
+    detail = f"{plan.attention}: {plan.attention_reason}"
+    if plan.attention not in facts["attention"]["backends"]:
+        return Check("attention", "block", f"{detail}; it does not run here", "choose `--set model.attention=matmul`")
+    if plan.device == "cuda" and (kernel := facts["attention"]["kernel"]):
+        detail += f"; kernel that ran: {kernel}, cuDNN {facts['cuda']['cudnn']}"
+        # Hopper: cuDNN is about twice as fast as the built-in flash kernel, and torch falls back in silence.
+        if facts["devices"][0]["capability"][0] == 9 and kernel != "cudnn":
+            old = (facts["cuda"]["cudnn"] or 0) <= CUDNN_FAST_ATTENTION
+            fix = "take another cuDNN out of `LD_LIBRARY_PATH`" + (" or install torch 2.11 or newer" if old else "")
+            return Check("attention", "warn", f"{detail}; cuDNN's is the fast one on this GPU", fix)
+    return Check("attention", "ok", detail)
+
+
+def check_cores(at: Inspection) -> Check:
+    machine, plan = at.machine, at.plan
+    detail = f"{machine.physical_cores} physical, {machine.logical_cores} logical; "
+    detail += f"{plan.threads} thread{'s' if plan.threads != 1 else ''} for training ({plan.threads_reason})"
+    if plan.threads > machine.logical_cores:
+        return Check(
+            "cores",
+            "warn",
+            f"{detail}: more threads than cores slow each other down",
+            "lower `train.threads` or OMP_NUM_THREADS",
+        )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 1.5 * (os.cpu_count() or 1):
+        return Check(
+            "cores", "warn", f"{detail}; the machine is busy (load {load:.1f})", "expect longer times, or wait"
+        )
+    return Check("cores", "ok", detail)
+
+
+# -- memory and disk --------------------------------------------------------------------------------------------------
+
+
+def check_memory(at: Inspection) -> Check:
+    machine = at.machine
+    detail = f"{gib(machine.available_bytes)} of {gib(machine.memory_bytes)} available"
+    if machine.memory_bytes < LEAST_MEMORY_BYTES:
+        return Check(
+            "memory",
+            "block",
+            f"{detail}; the smallest preset needs {gib(LEAST_MEMORY_BYTES)}",
+            "use a larger machine or raise the container's memory limit",
+        )
+    if at.plan.device == "cpu" and machine.available_bytes < at.plan.memory_bytes:
+        return Check(
+            "memory",
+            "warn",
+            f"{detail} now; {at.subject} needs {gib(at.plan.memory_bytes)}",
+            "close other programs before you start",
+        )
+    return Check("memory", "ok", detail)
+
+
+def check_disk_room(at: Inspection) -> Check:
+    from picollm.hardware import disk_free
+    from picollm.run_dir import base_dir
+
+    free, need = disk_free(base_dir()), at.plan.disk_bytes
+    detail = f"{gib(free)} free, {at.subject} needs {gib(need)}"
+    if free < need:
+        return Check("disk.room", "block", detail, "free room, or set PICOLLM_BASE_DIR to a larger disk")
+    if free < need + LEAST_DISK_BYTES:
+        return Check(
+            "disk.room",
+            "warn",
+            f"{detail}: little would be left",
+            "free room, or set PICOLLM_BASE_DIR to a larger disk",
+        )
+    return Check("disk.room", "ok", detail)
+
+
+def check_disk_writable(_: Inspection) -> Check:
+    """Write, flush to the disk, read back and remove one block: permission bits lie on network and full disks."""
+    from picollm.run_dir import base_dir
+
+    base = base_dir()
+    probe, data = base / f".doctor.{os.getpid()}.tmp", os.urandom(4096)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(probe, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            same = probe.read_bytes() == data
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        fix = "set PICOLLM_BASE_DIR to a directory you can write"
+        return Check("disk.writable", "block", f"cannot write `{base}`: {error.strerror or error}", fix)
+    if not same:
+        return Check(
+            "disk.writable", "block", f"`{base}` gives back other bytes than were written", "replace this disk"
+        )
+    return Check("disk.writable", "ok", "a file was written, synced and read back")
+
+
+def check_base_dir(_: Inspection) -> Check:
+    from picollm.run_dir import base_dir
+
+    base = base_dir()
+    source = next((name for name in ("PICOLLM_BASE_DIR", "XDG_DATA_HOME") if os.environ.get(name)), None)
+    detail = f"{base} (from {source})" if source else f"{base} (the default; PICOLLM_BASE_DIR moves it)"
+    if base.exists() and not base.is_dir():
+        return Check("base_dir", "block", f"{detail} is not a directory", "set PICOLLM_BASE_DIR to a directory")
+    return Check("base_dir", "ok", detail)

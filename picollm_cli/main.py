@@ -1,0 +1,123 @@
+"""The command `picollm`: registers the subcommands in the pipeline's order and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from picollm import __version__
+from picollm.errors import ConfigError, Interrupted, PicollmError
+from picollm_cli.commands import chat, data, doctor, eval, manifest, pretrain, report, runs, sft, speedrun, tokenizer
+from picollm_cli.console import Output
+
+TRACEBACK_FRAMES = 6
+
+app = typer.Typer(
+    name="picollm",
+    help="One command from raw text to a chat model that runs anywhere.",
+    epilog="Start here: `picollm speedrun --preset demo`, then `picollm chat`.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"picollm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def picollm(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """One command from raw text to a chat model that runs anywhere."""
+
+
+# The panels, and the commands inside each, stand in the pipeline's order.
+app.command("doctor", rich_help_panel="Check")(doctor.doctor)
+app.add_typer(data.app, name="data", rich_help_panel="Build")
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel="Build")
+app.command("speedrun", rich_help_panel="Train")(speedrun.speedrun)
+app.command("pretrain", rich_help_panel="Train")(pretrain.pretrain)
+app.command("sft", rich_help_panel="Train")(sft.sft)
+app.command("eval", rich_help_panel="Train")(eval.evaluate)
+app.command("chat", rich_help_panel="Use")(chat.chat)
+app.command("runs", rich_help_panel="Record")(runs.runs)
+app.command("report", rich_help_panel="Record")(report.report)
+app.add_typer(manifest.app, name="manifest", rich_help_panel="Record")
+
+
+def _report_bug(error: Exception) -> None:
+    """A short traceback on stderr and where to send it."""
+    out = Output()
+    out.note("".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES)).rstrip())
+    out.note("")
+    out.error(
+        PicollmError(
+            f"picollm {__version__} failed in a way it should not",
+            cause=f"{type(error).__name__}: {error}",
+            hint="this is a bug: please report the lines above with the output of `picollm doctor --json`",
+        )
+    )
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; the only place where errors become text."""
+    # Whatever goes wrong, also before options are parsed, a reader of JSON gets an object.
+    out = Output(as_json="--json" in arguments)
+    try:
+        result = app(args=arguments, prog_name="picollm", standalone_mode=False)
+        # Typer turns Ctrl-C into exit code 130; commands themselves return nothing.
+        if result == Interrupted.exit_code:
+            raise Interrupted("interrupted")
+        return result if isinstance(result, int) else 0
+    except PicollmError as error:
+        out.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        out.error(Interrupted("interrupted"))
+        return Interrupted.exit_code
+    except typer.TyperException as error:
+        # An empty message is the help that a group prints when it is called without a command.
+        if message := error.format_message():
+            out.error(_usage_error(message, arguments))
+        return error.exit_code
+    except typer.Abort:
+        out.error(Interrupted("aborted"))
+        return Interrupted.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away (`picollm runs | head`): its decision, not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        _report_bug(error)
+        if out.as_json:
+            out.result({"error": PicollmError(str(error), cause=type(error).__name__).to_dict()})
+        return PicollmError.exit_code
+
+
+def _usage_error(message: str, arguments: list[str]) -> ConfigError:
+    """What Typer says about a command line, in our shape."""
+    known = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+    words = [word for word in arguments[:1] if word in known]
+    first, _, rest = message.strip().partition("\n")
+    return ConfigError(
+        first[:1].lower() + first[1:].rstrip(".").replace("'", "`"),
+        cause=rest.strip() or None,
+        hint=f"see `picollm {' '.join([*words, '--help'])}`",
+    )
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(_run(sys.argv[1:]))
