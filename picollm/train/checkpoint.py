@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from picollm.config.model import Architecture
-from picollm.errors import IntegrityError, PicollmError
+from picollm.errors import ConfigError, IntegrityError
 from picollm.model.gpt import GPT
 from picollm.optim.muon import MuonAdamW
 from picollm.run_dir import SCHEMA, StageDir, disk_errors
@@ -99,14 +99,16 @@ def load_training_state(model: GPT, optimizer: MuonAdamW, path: Path) -> dict[st
     """Restore weights and optimizer from a checkpoint, after verifying every byte. Returns its meta.
 
     Raises:
-        IntegrityError: damaged, or of another architecture (both are named).
+        IntegrityError: damaged.
+        ConfigError: of another architecture; both are named.
     """
     files.verify(path)
     meta = files.read_meta(path)
     if (found := _architecture(path, meta)) != model.arch:
-        raise IntegrityError(
+        raise ConfigError(
             f"checkpoint `{path}` is of another architecture",
             cause=f"it has {found.model_dump()}, the recipe asks for {model.arch.model_dump()}",
+            hint="start a new run with `--run NAME`",
         )
     load_weights(model, path)
     try:
@@ -126,7 +128,7 @@ def resume(stage: StageDir, model: GPT, optimizer: MuonAdamW) -> tuple[dict[str,
         IntegrityError: there are checkpoints and none is intact.
     """
     warnings: list[str] = []
-    last: PicollmError | None = None
+    last: IntegrityError | None = None
     for step in reversed(files.finished_steps(stage)):
         path = files.checkpoint_dir(stage, step)
         try:
