@@ -1,7 +1,7 @@
 """Decode speed of the engine: `python bench/decode.py [--threads N]` prints one line of JSON.
 
-Random weights (the time does not depend on them), prompts of 24 tokens, 64 new tokens each, float32. CPU seconds are user
-and system time of the process, so other work on the machine does not count.
+Random weights (the time does not depend on them), prompts of 24 tokens, 64 new tokens each, float32. CPU seconds are
+user and system time of the process, so other work on the machine does not count.
 """
 
 from __future__ import annotations

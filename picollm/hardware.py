@@ -231,9 +231,12 @@ def disk_free(path: Path) -> int:
 
 
 def existing_parent(path: Path) -> Path:
-    """`path` itself or the nearest folder above it that exists."""
+    """`path` itself or the nearest folder above it that exists and may be looked at."""
     path = path.absolute()
-    while not path.exists() and path != path.parent:
+    while path != path.parent:
+        with contextlib.suppress(PermissionError):
+            if path.exists():
+                break
         path = path.parent
     return path
 

@@ -1,43 +1,50 @@
-"""Config and machine -> the recipe and runtime of each stage, and what the whole run will take.
+"""What a run is and what it will take: the whole plan, before anything is made.
 
-Numbers of the model and its optimizer come from `scaling.py`, bytes, seconds and dollars from `estimate.py`.
+The arithmetic stands in three files: `scaling.py` (depth -> shape, batch, rates), `recipes.py` (what each stage is
+told) and `estimate.py` (bytes, seconds, dollars). Callers find all of it here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from picollm import estimate, hardware
+from picollm import estimate
 from picollm.config.model import Architecture
-from picollm.config.recipe import ComputeDtype, EvalRuntime, Rates, Schedule, Source, TrainRecipe, TrainRuntime
+from picollm.config.recipe import ComputeDtype, Rates, Schedule
 from picollm.config.schema import RunConfig
-from picollm.errors import ConfigError
 from picollm.hardware import Machine
+from picollm.recipes import (
+    choose_attention,
+    choose_threads,
+    device_of,
+    eval_runtime,
+    pretrain_recipe,
+    sft_horizon,
+    sft_recipe,
+    train_runtime,
+)
 from picollm.scaling import (
     Horizon,
     Params,
     architecture,
     causal_flops_per_token,
-    check_batch,
     flops_per_token,
     num_params,
     pretrain_horizon,
-    pretrain_rates,
-    pretrain_schedule,
-    sft_rates,
-    sft_schedule,
 )
 
 __all__ = [
+    "Export",
+    "Horizon",
     "Params",
     "Plan",
     "StagePlan",
     "architecture",
     "causal_flops_per_token",
     "choose_attention",
+    "choose_threads",
+    "device_of",
     "eval_runtime",
     "exports",
     "flops_per_token",
@@ -47,214 +54,6 @@ __all__ = [
     "sft_recipe",
     "train_runtime",
 ]
-
-# Rows this short spend their time in SDPA's bf16 backward on CPU: 77 against 23 CPU-ms at T 128 (MEASURED 3).
-MATMUL_ATTENTION_MAX_T = 256
-# More tokens per forward pass gain nothing on a CPU and cost memory.
-CPU_MICRO_BATCH_TOKENS = 8192
-# Shares of memory that training may plan for: other programs need some, and estimates err.
-CPU_MEMORY_SHARE = 0.5
-GPU_MEMORY_SHARE = 0.9
-
-
-# -- recipes ----------------------------------------------------------------------------------------------------------
-
-
-def pretrain_recipe(
-    config: RunConfig,
-    machine: Machine,
-    *,
-    tokenizer_vocab: int,
-    tokenizer_sha256: str,
-    data: Sequence[Source],
-) -> TrainRecipe:
-    """What `pretrain` trains, every number decided.
-
-    Raises:
-        ConfigError: shapes or a batch that do not divide.
-    """
-    arch = architecture(config, tokenizer_vocab)
-    horizon = pretrain_horizon(config, arch)
-    dtype, reason = hardware.compute_dtype(machine, config.train.dtype)
-    return TrainRecipe(
-        stage="pretrain",
-        seed=config.seed,
-        model=arch,
-        dtype=dtype,
-        dtype_reason=reason,
-        steps=horizon.steps,
-        batch_tokens=horizon.batch_tokens,
-        rates=pretrain_rates(config, arch, horizon),
-        schedule=pretrain_schedule(horizon.steps),
-        data=tuple(data),
-        buffer_documents=config.data.buffer_documents,
-        tokenizer_sha256=tokenizer_sha256,
-    )
-
-
-def sft_horizon(config: RunConfig, arch: Architecture, pretrain_batch_tokens: int, num_tokens: int | None) -> Horizon:
-    """Steps and batch of fine-tuning: `sft.steps`, else one pass over `num_tokens`.
-
-    Raises:
-        ConfigError: `sft.batch_tokens` is not a multiple of T, or neither steps nor tokens are known.
-    """
-    batch = config.sft.batch_tokens or pretrain_batch_tokens
-    check_batch("sft.batch_tokens", batch, arch.max_position_embeddings)
-    if config.sft.steps is None and num_tokens is None:
-        raise ConfigError(
-            "the length of fine-tuning is open",
-            cause="`sft.steps` is not set and the conversations have not been counted",
-            hint="give it with `--set sft.steps=200`",
-        )
-    steps = config.sft.steps or max(1, math.ceil(num_tokens / batch))
-    return Horizon(steps, batch, steps * batch / num_params(arch).scaling)
-
-
-def sft_recipe(
-    config: RunConfig,
-    machine: Machine,
-    pretrain: TrainRecipe,
-    *,
-    data: Sequence[Source],
-    init_from: str,
-    num_tokens: int | None = None,
-) -> TrainRecipe:
-    """What `sft` trains: pretraining's model, batch, compute type and rates, with its own horizon and schedule.
-
-    Args:
-        machine: decides the compute type only when `train.dtype` no longer asks for pretraining's.
-        data: datasets of conversations with their shares.
-        init_from: sha256 of pretraining's `model.safetensors`.
-        num_tokens: tokens in the conversations, for one pass when `sft.steps` is None.
-
-    Raises:
-        ConfigError: as in `sft_horizon`.
-    """
-    horizon = sft_horizon(config, pretrain.model, pretrain.batch_tokens, num_tokens)
-    dtype, reason = pretrain.dtype, "as in pretraining"
-    if config.train.dtype not in ("auto", pretrain.dtype):
-        dtype, reason = hardware.compute_dtype(machine, config.train.dtype)
-    return pretrain.model_copy(
-        update={
-            "stage": "sft",
-            "seed": config.seed,
-            "dtype": dtype,
-            "dtype_reason": reason,
-            "steps": horizon.steps,
-            "batch_tokens": horizon.batch_tokens,
-            "rates": sft_rates(pretrain.rates, config.sft.lr_scale),
-            "schedule": sft_schedule(horizon.steps),
-            "data": tuple(data),
-            "buffer_documents": config.data.buffer_documents,
-            "init_from": init_from,
-        }
-    )
-
-
-# -- runtimes ---------------------------------------------------------------------------------------------------------
-
-
-def device_of(machine: Machine) -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
-    return "cuda" if machine.gpus else "cpu"
-
-
-def choose_attention(device: str, dtype: str, row: int, requested: str = "auto") -> tuple[str, str]:
-    """The attention kernel and why.
-
-    Args:
-        device: `cpu` or `cuda`.
-        row: tokens in a row, T.
-        requested: `model.attention`.
-
-    Returns:
-        ("matmul" | "sdpa", reason for a human)
-    """
-    if requested != "auto":
-        return requested, "`model.attention` asks for it"
-    if device == "cpu" and dtype == "bfloat16" and row <= MATMUL_ATTENTION_MAX_T:
-        return "matmul", f"on CPUs SDPA's bfloat16 backward is slow at {row} tokens a row"
-    return "sdpa", f"the fastest kernel for {dtype} at {row} tokens a row on this device"
-
-
-def choose_threads(config: RunConfig, machine: Machine, ranks: int = 1) -> tuple[int, str]:
-    """CPU threads of each rank, and why."""
-    if config.train.threads is not None:
-        return config.train.threads, "`train.threads` asks for it"
-    return hardware.default_threads(machine, ranks)
-
-
-def device_batch(
-    config: RunConfig, machine: Machine, arch: Architecture, dtype: str, batch_tokens: int, *, key: str, ranks: int = 1
-) -> int:
-    """Rows per forward pass on one rank: the largest divisor of a rank's rows whose estimated peak fits.
-
-    Depends on installed memory, not on what is free now, so that a run is the same when it is made again.
-
-    Args:
-        key: dotted key of the batch, for errors.
-
-    Raises:
-        ConfigError: the batch does not split over ranks, or not by `train.device_batch_size`.
-    """
-    row = arch.max_position_embeddings
-    check_batch(key, batch_tokens, row * ranks, of=f"{row} tokens a row on {ranks} ranks" if ranks > 1 else
-                "`model.max_position_embeddings`")  # fmt: skip
-    rows = batch_tokens // row // ranks
-    asked = config.train.device_batch_size
-    if asked is not None:
-        check_batch(key, batch_tokens, asked * row * ranks, of=f"{asked} rows (`train.device_batch_size`) of {row} "
-                    f"tokens on {ranks} rank{'s' * (ranks > 1)}")  # fmt: skip
-        return asked
-    device = device_of(machine)
-    attention, _ = choose_attention(device, dtype, row, config.model.attention)
-    if device == "cuda":
-        budget = GPU_MEMORY_SHARE * min(gpu.memory_bytes for gpu in machine.gpus)
-    else:
-        budget = CPU_MEMORY_SHARE * machine.memory_bytes / ranks
-    for size in range(rows, 1, -1):
-        if rows % size or (device == "cpu" and size * row > CPU_MICRO_BATCH_TOKENS):
-            continue
-        if estimate.training_memory(arch, dtype, size, device, attention).total <= budget:
-            return size
-    return 1
-
-
-def train_runtime(config: RunConfig, machine: Machine, recipe: TrainRecipe, *, ranks: int = 1) -> TrainRuntime:
-    """How a training stage is executed on this machine.
-
-    Raises:
-        ConfigError: the batch does not split over `ranks`.
-    """
-    train, device = config.train, device_of(machine)
-    key = "train.batch_tokens" if recipe.stage == "pretrain" or config.sft.batch_tokens is None else "sft.batch_tokens"
-    attention, _ = choose_attention(device, recipe.dtype, recipe.model.max_position_embeddings, config.model.attention)
-    return TrainRuntime(
-        ranks=ranks,
-        threads=choose_threads(config, machine, ranks)[0],
-        device_batch_size=device_batch(
-            config, machine, recipe.model, recipe.dtype, recipe.batch_tokens, key=key, ranks=ranks
-        ),
-        attention=attention,
-        compile=device == "cuda" if train.compile is None else train.compile,
-        checkpoint_every=train.checkpoint_every or checkpoint_cadence(recipe.steps),
-        keep_last=train.keep_last,
-        eval_every=train.eval_every or (250 if recipe.steps >= 1000 else None),
-        eval_tokens=train.eval_tokens,
-    )
-
-
-def checkpoint_cadence(steps: int) -> int:
-    """About twenty checkpoints a run, 10 to 1 000 steps apart."""
-    return min(1000, max(10, round(steps / 20)))
-
-
-def eval_runtime(config: RunConfig, machine: Machine) -> EvalRuntime:
-    """How an evaluation is executed on this machine."""
-    return EvalRuntime(threads=choose_threads(config, machine)[0], batch_size=config.eval.batch_size)
-
-
-# -- the whole run ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

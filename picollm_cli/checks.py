@@ -67,7 +67,9 @@ def check_plan_time(at: Inspection) -> Check:
     longest = max(plan.stages, key=lambda stage: stage.time_s)
     detail = f"about {duration(plan.time_s)} for {at.subject}, {duration(longest.time_s)} of it `{longest.name}`"
     if plan.money_usd is not None:
-        detail += f"; about ${plan.money_usd:,.2f}"
+        from picollm.hardware import PRICES_AS_OF
+
+        detail += f"; about ${plan.money_usd:,.2f} at typical prices of {PRICES_AS_OF}"
     if plan.time_s > LONG_RUN_S:
         return Check(
             "plan.time", "warn", detail, "fewer steps (`--set train.steps=…`), a smaller preset or a faster machine"
@@ -124,3 +126,6 @@ def run_check(name: str, at: Inspection) -> Check:
         return Check(name, "warn", f"not known, because {error.message}{cause}", error.hint)
     except ImportError as error:
         return Check(name, "warn", f"not known, because a package does not load: {error}", "see the check `packages`")
+    except OSError as error:
+        where = f" `{error.filename}`" if error.filename else ""
+        return Check(name, "warn", f"not known, because of{where}: {error.strerror or error}", "see `disk.writable`")

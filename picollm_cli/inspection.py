@@ -37,6 +37,7 @@ class Inspection:
 
     Args:
         run: an existing run, whose stored config is looked at; None looks at a new one.
+        name: what the run is or will be called; None leaves it to `speedrun`.
         preset: where a new run starts.
         config_path: `--config` of this call, over the preset or the stored config.
         sets: `--set` arguments of this call.
@@ -44,12 +45,14 @@ class Inspection:
 
     def __init__(
         self,
+        *,
         run: RunDir | None = None,
+        name: str | None = None,
         preset: str | None = None,
         config_path: Path | None = None,
         sets: Sequence[str] = (),
     ) -> None:
-        self.run = run
+        self.run, self.name = run, name
         self.preset, self.config_path, self.sets = preset, config_path, tuple(sets)
 
     @cached_property
@@ -115,12 +118,18 @@ class Inspection:
     @property
     def subject(self) -> str:
         """What the plan is for, as a phrase."""
-        return f"run `{self.run.name}`" if self.run else f"preset `{self.preset}`"
+        if self.run:
+            return f"run `{self.run.name}`"
+        return f"preset `{self.preset}`" if self.preset else f"config `{self.config_path}`"
 
     @property
     def command(self) -> str:
         """The command line that trains it, for the next step."""
-        words = ["picollm", "speedrun", *(("--run", self.run.name) if self.run else ("--preset", str(self.preset)))]
+        words = ["picollm", "speedrun"]
+        if self.preset:
+            words += ["--preset", self.preset]
+        if self.name:
+            words += ["--run", self.name]
         if self.config_path:
             words += ["--config", str(self.config_path)]
         for argument in self.sets:

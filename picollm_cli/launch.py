@@ -183,7 +183,8 @@ class Attempt:
         for stale in (self.stage.stop_path, self.error_path, self.torchrun_error_path):
             stale.unlink(missing_ok=True)
         follower = EventFollower(self.stage.events_path)
-        with _launcher_file(self.stage), disk_errors(self.log_path), open(self.log_path, "wb") as log:
+        _write_launcher(self.stage)
+        with disk_errors(self.log_path), open(self.log_path, "wb") as log:
             # Signals are ours from before the start, so that none can leave a worker without its parent's STOP.
             with _signals(self._on_signal):
                 process = subprocess.Popen(
@@ -203,7 +204,8 @@ class Attempt:
                     if process.poll() is None:
                         self.stage.stop_path.touch()
         self.exit_code = process.returncode
-        self.stage.stop_path.unlink(missing_ok=True)
+        for spent in (self.stage.stop_path, self.stage.launcher_path):
+            spent.unlink(missing_ok=True)
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {
@@ -260,13 +262,11 @@ class Attempt:
 
     def _reported(self, report: dict[str, Any]) -> PicollmError:
         """What the worker wrote before it ended: our own errors as they were, others as a WorkerError."""
-        name, message = str(report.get("type")), str(report.get("message"))
-        found = getattr(errors, name, None)
-        if isinstance(found, type) and issubclass(found, PicollmError):
-            if issubclass(found, WorkerError):
-                return found(message, cause=report.get("cause"), hint=report.get("hint") or self._log_hint())
-            return found(message, cause=report.get("cause"), hint=report.get("hint"))  # type: ignore[arg-type]
-        return self._died(f"rank {report.get('rank', 0)} raised {name}: {message}")
+        found = getattr(errors, str(report["type"]), None)
+        # The base class itself stands for an exception that is not ours.
+        if isinstance(found, type) and issubclass(found, PicollmError) and found is not PicollmError:
+            return found(report["message"], cause=report["cause"], hint=report["hint"] or self._log_hint())
+        return self._died(f"rank {report.get('rank', 0)}: {report['message']}")
 
     def _died(self, cause: str) -> WorkerError:
         if lines := _last_lines(self.log_path):
@@ -334,30 +334,12 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
                 member.kill()
 
 
-@contextlib.contextmanager
-def _launcher_file(stage: StageDir) -> Iterator[None]:
+def _write_launcher(stage: StageDir) -> None:
     """Say who waits for the worker: it stops by itself when this process is gone."""
     import psutil
 
     with disk_errors(stage.launcher_path):
         stage.launcher_path.write_text(f"{os.getpid()} {psutil.Process().create_time()}\n")
-    try:
-        yield
-    finally:
-        stage.launcher_path.unlink(missing_ok=True)
-
-
-def _launcher_is_dead(stage: StageDir) -> bool:
-    """True when a launcher is named and gone; a worker without one was started by hand and is nobody's orphan."""
-    import psutil
-
-    try:
-        pid, started = stage.launcher_path.read_text().split()
-        return psutil.Process(int(pid)).create_time() != float(started)
-    except psutil.NoSuchProcess:
-        return True
-    except (FileNotFoundError, ValueError):
-        return False
 
 
 def _wait_for_lock(out: Output, stage: StageDir) -> None:
@@ -366,6 +348,8 @@ def _wait_for_lock(out: Output, stage: StageDir) -> None:
     Raises:
         HostError: another holder, or the orphan is still there after ORPHAN_WAIT_S.
     """
+    from picollm.worker import launcher_lives
+
     deadline = time.monotonic() + ORPHAN_WAIT_S
     told = False
     while True:
@@ -373,7 +357,7 @@ def _wait_for_lock(out: Output, stage: StageDir) -> None:
             with hold_lock(stage.lock_path, f"stage `{stage.name}` of run `{stage.run.name}`"):
                 return
         except HostError:
-            if not _launcher_is_dead(stage) or time.monotonic() > deadline:
+            if launcher_lives(stage) or time.monotonic() > deadline:
                 raise
         if not told:
             told = True

@@ -66,7 +66,7 @@ class Progress:
             None if self.loss is None else f"loss {self.loss:.3f}",
             None if not self.tokens_per_s else f"{self.tokens_per_s:,.0f} tok/s",
             None if not self.mem_gib else f"{self.mem_gib:.2f} GiB",
-            None if self.left_s is None else f"{duration(self.left_s)} left",
+            None if not self.left_s else f"{duration(self.left_s)} left",
         ]
         return "  ".join(part for part in parts if part)
 
@@ -84,6 +84,7 @@ class StageView:
         self.progress = Progress()
         self._live: Any = None
         self._dirty = False
+        self._said = ""
         self._started = self._drawn = time.monotonic()
 
     def __enter__(self) -> StageView:
@@ -102,7 +103,7 @@ class StageView:
         if self._live:
             self._live.stop()
         if self.progress.step and kind is None and not self.out.as_json:
-            self.out.note(self.progress.line(self.title))
+            self._say_line()
 
     def show(self, event: Event) -> None:
         """Take one event in; what is worth a line of its own is printed."""
@@ -138,8 +139,14 @@ class StageView:
                 self._draw()
         elif not self.out.as_json and now - self._drawn >= PLAIN_LINE_EVERY_S:
             self._drawn = now
-            started = f"running for {duration(now - self._started)}"
-            self.out.note(self.progress.line(self.title) if self.progress.step else f"{self.title}: {started}")
+            self._say_line()
+
+    def _say_line(self) -> None:
+        running = f"{self.title}: running for {duration(time.monotonic() - self._started)}"
+        line = self.progress.line(self.title) if self.progress.step else running
+        if line != self._said:
+            self._said = line
+            self.out.note(line)
 
     def _draw(self) -> None:
         from rich.progress_bar import ProgressBar

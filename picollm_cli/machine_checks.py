@@ -130,7 +130,7 @@ def check_device(at: Inspection) -> Check:
         return Check("device", "info", f"CPU: {machine.cpu_name}; no CUDA GPU, presets `demo` and `cpu-small` fit it")
     gpu = machine.gpus[0]
     spec = gpu_spec(gpu.name)
-    peak = f", {spec.peakrate_text('bfloat16') / 1e12:.0f} TFLOP/s at best" if spec else ""
+    peak = f", {spec.peak_flops('bfloat16') / 1e12:.0f} TFLOP/s at best" if spec else ""
     detail = f"{len(machine.gpus)} x {gpu.name}, {gib(gpu.memory_bytes)}{peak}, driver {gpu.driver}"
     cuda = at.torch["cuda"]
     if not cuda["available"]:
@@ -226,8 +226,12 @@ def check_memory(at: Inspection) -> Check:
 def check_disk_room(at: Inspection) -> Check:
     from picollm.hardware import disk_free
     from picollm.run_dir import base_dir
+    from picollm_cli.prepare import DISK_MARGIN_BYTES, DISK_MARGIN_SHARE
 
-    free, need = disk_free(base_dir()), at.plan.disk_bytes
+    # The same sum that refuses a run when it starts: what the run has written already needs no room any more.
+    used = sum(path.stat().st_size for path in at.run.path.rglob("*") if path.is_file()) if at.run else 0
+    need = max(0, round(at.plan.disk_bytes * (1 + DISK_MARGIN_SHARE)) - used) + DISK_MARGIN_BYTES
+    free = disk_free(base_dir())
     detail = f"{gib(free)} free, {at.subject} needs {gib(need)}"
     if free < need:
         return Check("disk.room", "block", detail, "free room, or set PICOLLM_BASE_DIR to a larger disk")
@@ -273,6 +277,6 @@ def check_base_dir(_: Inspection) -> Check:
     base = base_dir()
     source = next((name for name in ("PICOLLM_BASE_DIR", "XDG_DATA_HOME") if os.environ.get(name)), None)
     detail = f"{base} (from {source})" if source else f"{base} (the default; PICOLLM_BASE_DIR moves it)"
-    if base.exists() and not base.is_dir():
+    if os.path.lexists(base) and not base.is_dir():
         return Check("base_dir", "block", f"{detail} is not a directory", "set PICOLLM_BASE_DIR to a directory")
     return Check("base_dir", "ok", detail)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -44,17 +45,28 @@ def picollm(
 
 
 # The panels, and the commands inside each, stand in the pipeline's order.
-app.command("doctor", rich_help_panel="Check")(doctor.doctor)
-app.add_typer(data.app, name="data", rich_help_panel="Build")
-app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel="Build")
-app.command("speedrun", rich_help_panel="Train")(speedrun.speedrun)
-app.command("pretrain", rich_help_panel="Train")(pretrain.pretrain)
-app.command("sft", rich_help_panel="Train")(sft.sft)
-app.command("eval", rich_help_panel="Train")(eval.evaluate)
-app.command("chat", rich_help_panel="Use")(chat.chat)
-app.command("runs", rich_help_panel="Record")(runs.runs)
-app.command("report", rich_help_panel="Record")(report.report)
-app.add_typer(manifest.app, name="manifest", rich_help_panel="Record")
+PANELS: dict[str, dict[str, typer.Typer | Callable[..., None]]] = {
+    "Check": {"doctor": doctor.doctor},
+    "Build": {"data": data.app, "tokenizer": tokenizer.app},
+    "Train": {
+        "speedrun": speedrun.speedrun,
+        "pretrain": pretrain.pretrain,
+        "sft": sft.sft,
+        "eval": eval.evaluate,
+    },
+    "Use": {"chat": chat.chat},
+    "Record": {"runs": runs.runs, "report": report.report, "manifest": manifest.app},
+}
+for _title, _commands in PANELS.items():
+    # Typer lists commands before groups; a nameless group per panel keeps them in this order.
+    _panel = typer.Typer()
+    for _name, _command in _commands.items():
+        if isinstance(_command, typer.Typer):
+            _panel.add_typer(_command, name=_name, rich_help_panel=_title)
+        else:
+            _panel.command(_name, rich_help_panel=_title)(_command)
+    app.add_typer(_panel)
+COMMANDS = [name for commands in PANELS.values() for name in commands]
 
 
 def _report_bug(error: Exception) -> None:
@@ -108,8 +120,7 @@ def _run(arguments: list[str]) -> int:
 
 def _usage_error(message: str, arguments: list[str]) -> ConfigError:
     """What Typer says about a command line, in our shape."""
-    known = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
-    words = [word for word in arguments[:1] if word in known]
+    words = [word for word in arguments[:1] if word in COMMANDS]
     first, _, rest = message.strip().partition("\n")
     return ConfigError(
         first[:1].lower() + first[1:].rstrip(".").replace("'", "`"),

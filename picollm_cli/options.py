@@ -8,7 +8,7 @@ import typer
 
 Run = Annotated[
     Optional[str],
-    typer.Option("--run", help="Name of the run. [env: PICOLLM_RUN]", show_default=False),
+    typer.Option("--run", help="Name of the run. \\[env: PICOLLM_RUN]", show_default=False),
 ]
 Preset = Annotated[
     Optional[str], typer.Option("--preset", help="Preset to start from: demo, cpu-small, d12 …", show_default=False)

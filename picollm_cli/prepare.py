@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
-import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +27,12 @@ if TYPE_CHECKING:
 # Room beyond the estimate: logs, reports, and a temporary checkpoint beside the ones that are kept.
 DISK_MARGIN_BYTES = 256 * 2**20
 DISK_MARGIN_SHARE = 0.1
-TOY_CHAT = "toy-world-chat"
+# What a stage leaves in the run's folder, where that is not one folder of its name.
+STAGE_PATHS = {
+    "data": (),
+    "report": ("report.md", "report.html", "report.json", "plots"),
+    "manifest": ("manifest.json",),
+}
 # Which stages a section of the config decides; a stage that has started freezes its sections.
 READERS: dict[str, tuple[str, ...]] = {
     "seed": ("pretrain", "sft"),
@@ -43,8 +43,6 @@ READERS: dict[str, tuple[str, ...]] = {
     "sft": ("sft",),
     "eval": (),
 }
-_SECRET = re.compile(r"(?i)(token|secret|password|passwd|api_?key|credential)s?$")
-_SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")
 
 
 class Prepared(NamedTuple):
@@ -65,7 +63,7 @@ def resolve_run(
     run: str | None,
     preset: str | None,
     config: str | None,
-    sets: Collection[str] = (),
+    sets: Collection[str] | None = (),
     create: bool = True,
     redo: Collection[str] = (),
 ) -> Prepared:
@@ -90,7 +88,7 @@ def resolve_run(
     name = run or os.environ.get("PICOLLM_RUN") or preset or (path.stem if path else None)
     found = run_named(name) if name and create else find_run(name)
     if not found.exists():
-        made = resolve(preset=preset, config_path=path, sets=tuple(sets))
+        made = resolve(preset=preset, config_path=path, sets=tuple(sets or ()))
         return Prepared(found, made.preset, made.config, made.sources, new=True)
     stored = found.read_config()
     if preset and preset != stored.get("preset"):
@@ -100,7 +98,7 @@ def resolve_run(
             hint=f"leave `--preset` out to continue it, or start a new run: `--preset {preset} --run NAME`",
         )
     before = resolve_existing(stored)
-    now = resolve_existing(stored, config_path=path, sets=tuple(sets))
+    now = resolve_existing(stored, config_path=path, sets=tuple(sets or ()))
     _refuse_frozen(found, before.config, now.config, redo)
     return Prepared(found, now.preset, now.config, now.sources, new=False)
 
@@ -111,13 +109,13 @@ def prepare_run(
     run: str | None,
     preset: str | None,
     config: str | None,
-    sets: Collection[str] = (),
+    sets: Collection[str] | None = (),
     create: bool = True,
     redo: Collection[str] = (),
     ranks: int = 1,
     yes: bool = False,
 ) -> Prepared:
-    """Resolve a run, check that this machine has room for it, and store its config. Call it under `using_run`.
+    """Resolve a run, check that this machine has room for it, and store its config, without holding its lock.
 
     Raises:
         ConfigError, MissingArtifact, IntegrityError: as in `resolve_run`.
@@ -127,6 +125,43 @@ def prepare_run(
     check_host(out, prepared, ranks=ranks, yes=yes)
     store_run(prepared)
     return prepared
+
+
+@contextlib.contextmanager
+def open_run(
+    out: Output,
+    *,
+    run: str | None,
+    preset: str | None,
+    config: str | None,
+    sets: Collection[str] | None = (),
+    create: bool = True,
+    force: Collection[str] = (),
+    ranks: int = 1,
+    yes: bool = False,
+) -> Iterator[Prepared]:
+    """Resolve and store a run, and hold its lock for the life of the block: how a command starts work on a run.
+
+    Args:
+        force: stages that start over; their folders move to `old/` first.
+
+    Raises:
+        ConfigError, MissingArtifact, IntegrityError: as in `resolve_run`.
+        HostError: as in `check_host`, or another command holds the run.
+    """
+
+    def resolve() -> Prepared:
+        return resolve_run(run=run, preset=preset, config=config, sets=sets, create=create, redo=force)
+
+    # Everything that can be refused is refused before the lock file makes the folder.
+    prepared = resolve()
+    check_host(out, prepared, ranks=ranks, yes=yes)
+    with using_run(prepared.run):
+        prepared = resolve()
+        for moved in prepared.run.move_to_old([path for name in force for path in STAGE_PATHS.get(name, (name,))]):
+            out.note(f"moved aside: `{moved.relative_to(prepared.run.path)}`")
+        store_run(prepared)
+        yield prepared
 
 
 def store_run(prepared: Prepared) -> None:
@@ -139,6 +174,8 @@ def store_run(prepared: Prepared) -> None:
         "config": prepared.config.model_dump(mode="json"),
     }
     if prepared.new:
+        from picollm_cli.environment import environment
+
         write_json(run.environment_path, environment())
     elif run.read_config() == value:
         return
@@ -245,66 +282,6 @@ def check_host(out: Output, prepared: Prepared, *, ranks: int = 1, yes: bool = F
             )
 
 
-def environment() -> dict[str, Any]:
-    """Facts about the place and the command that make a run, for its record."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from picollm import __version__
-    from picollm.hardware import detect
-
-    machine = detect()
-    try:
-        torch_version = version("torch")
-    except PackageNotFoundError:
-        torch_version = None
-    return {
-        "schema": SCHEMA,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "picollm": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "torch": torch_version,
-        "system": platform.platform(),
-        "cpu": machine.cpu_name,
-        "physical_cores": machine.physical_cores,
-        "memory_bytes": machine.memory_bytes,
-        "gpus": [{"name": gpu.name, "memory_bytes": gpu.memory_bytes, "driver": gpu.driver} for gpu in machine.gpus],
-        "command": ["picollm", *redact(sys.argv[1:])],
-    }
-
-
-def redact(arguments: list[str]) -> list[str]:
-    """A command line with everything that looks like a secret replaced by `***`."""
-    shown, hide_next = [], False
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if hide_next:
-            shown.append("***")
-            hide_next = False
-        elif _SECRET.search(name.rstrip("-")):
-            shown.append(f"{name}=***" if equals else argument)
-            hide_next = not equals and argument.startswith("-")
-        else:
-            shown.append(_SECRET_VALUE.sub("***", argument))
-    return shown
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this package runs from; None when it was installed from a wheel."""
-    import picollm
-
-    root = Path(picollm.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
@@ -337,13 +314,14 @@ def prepare_sft(prepared: Prepared, *, ranks: int = 1) -> StageDir:
         ConfigError: the stage has started with another recipe, or a dataset holds no conversations.
     """
     from picollm.config.recipe import TrainRecipe
+    from picollm.data.datasets import TOY_WORLD_CHAT
     from picollm.hardware import detect
     from picollm.plan import sft_recipe
     from picollm.train.checkpoint_files import checkpoint_sha256
 
     run, config = prepared.run, prepared.config
     pretrain = require_trained(run, "pretrain")
-    parts = [(part.dataset, part.weight) for part in config.sft.mix] or [(TOY_CHAT, 1.0)]
+    parts = [(part.dataset, part.weight) for part in config.sft.mix] or [(TOY_WORLD_CHAT, 1.0)]
     datasets = [_dataset(name, "conversations", "sft.mix", run) for name, _ in parts]
     sources = tuple(_source(dataset, weight) for dataset, (_, weight) in zip(datasets, parts, strict=True))
     stage = run.stage("sft")
@@ -406,10 +384,18 @@ def prepare_eval(run: RunDir, stage: str, suite: str) -> StageDir:
 
 def used_toy_world(run: RunDir) -> bool:
     """Whether the run's SFT saw the toy world's conversations, whose questions the `chat` suite asks."""
+    from picollm.data.datasets import TOY_WORLD_CHAT
+
     stage = run.stage("sft")
     if stage.record() is None:
         return False
-    return any(source["dataset"] == TOY_CHAT for source in stage.read_config()["recipe"]["data"])
+    return any(source["dataset"] == TOY_WORLD_CHAT for source in stage.read_config()["recipe"]["data"])
+
+
+def say_sft_sources(out: Output, prepared: Prepared) -> None:
+    """Tell somebody who named no conversations whose they are."""
+    if not prepared.config.sft.mix:
+        out.note("sft: no `[[sft.mix]]` in the config, so the conversations are the toy world's")
 
 
 def require_tokenizer(run: RunDir) -> None:

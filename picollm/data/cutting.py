@@ -8,14 +8,15 @@ from collections.abc import Iterator
 # A plain file above the first size is cut; pieces end at the first blank line after the second.
 WHOLE_FILE_CHARS = 16_000
 PIECE_CHARS = 4_000
-_BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+# It ends with a line end, so that the indentation of what follows stays with it.
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 
 
 def cut(chunks: Iterator[str]) -> Iterator[str]:
     """Documents of a plain-text stream: all of it up to 16 000 characters, else pieces of about 4 000.
 
     A piece ends at the first blank line after 4 000 characters. Where none comes within 16 000 it ends at a line end,
-    or at a space, or in the middle of a word, so that memory stays bounded. Pieces lose the line ends around them. The
+    or at a space, or in the middle of a word, so that memory stays bounded. Pieces lose the white space after them. The
     result does not depend on how the stream was chunked.
     """
     held, whole = "", True
@@ -26,7 +27,7 @@ def cut(chunks: Iterator[str]) -> Iterator[str]:
         whole, start = False, 0
         while len(held) - start > WHOLE_FILE_CHARS:
             end = _piece_end(held, start)
-            yield held[start:end].strip("\n")
+            yield held[start:end].lstrip("\n").rstrip()
             start = end
         held = held[start:]
     if whole:
@@ -35,7 +36,7 @@ def cut(chunks: Iterator[str]) -> Iterator[str]:
     start = 0
     while start < len(held):
         end = _piece_end(held, start) if len(held) - start > PIECE_CHARS else len(held)
-        yield held[start:end].strip("\n")
+        yield held[start:end].lstrip("\n").rstrip()
         start = end
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from picollm.data.conversations import Conversation
 from picollm.data.documents import Documents
-from picollm.errors import IntegrityError, MissingArtifact, PicollmError, nearest
+from picollm.errors import ConfigError, IntegrityError, MissingArtifact, PicollmError, nearest
 from picollm.run_dir import NAME_PATTERN, SCHEMA, check_name, datasets_dir, hold_lock, read_json, sha256_file
 
 Kind = Literal["text", "conversations"]
@@ -152,13 +152,20 @@ class Dataset:
             hint=f"see what else is with `picollm data verify {self.name}`, then make the dataset again",
         )
 
+    def _require(self, kind: Kind, hint: str) -> None:
+        if self.kind != kind:
+            raise ConfigError(
+                f"dataset `{self.name}` cannot be used here", cause=f"it holds {self.kind}, not {kind}", hint=hint
+            )
+
     def documents(self, split: Split) -> Documents:
         """The texts of a split, in order.
 
         Raises:
+            ConfigError: the dataset holds conversations.
             IntegrityError: a file is missing or has another size.
         """
-        assert self.kind == "text", "documents are read from datasets of text"
+        self._require("text", "pretrain on text; `[[sft.mix]]` is where a dataset of conversations goes")
         self.check_sizes(split)
         return Documents(self.path, [file for file in self.files if file.split == split], self.damaged)
 
@@ -166,9 +173,10 @@ class Dataset:
         """All conversations of a split, in order. Every shard is hashed before it is parsed.
 
         Raises:
+            ConfigError: the dataset holds text.
             IntegrityError: a file is missing or not as recorded.
         """
-        assert self.kind == "conversations", "conversations are read from datasets of conversations"
+        self._require("conversations", f"train on its text with `--set data.dataset={self.name}`")
         self.check_sizes(split)
         found: list[Conversation] = []
         for file in self.files:

@@ -153,9 +153,9 @@ def _read_text(file: SourceFile) -> Iterator[Record]:
 
 def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
     """UTF-8 in chunks, line ends as `\\n`, without a byte order mark."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    done = 0
+    done, at_start = 0, True
     while True:
         chunk = stream.read(_CHUNK_BYTES)
         held = len(decoder.getstate()[0])
@@ -164,6 +164,8 @@ def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise _not_utf8(str(path), done - held + error.start, error) from error
         done += len(chunk)
+        if at_start and text:
+            text, at_start = text.removeprefix("\ufeff"), False
         yield newlines.decode(text, final=not chunk)
         if not chunk:
             return

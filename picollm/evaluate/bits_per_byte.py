@@ -21,6 +21,8 @@ from picollm.tokenizer.tokenizer import Tokenizer
 IGNORED = -1
 # Rows sorted by length at a time: enough to fill batches of equal rows, few enough to hold any dataset.
 WINDOW_ROWS = 4096
+# Tokens in one forward pass: what a pass needs beside the weights grows with them, its speed hardly does.
+PASS_TOKENS = 16_384
 # Documents per call of the tokenizer.
 ENCODE_DOCUMENTS = 128
 
@@ -86,7 +88,7 @@ def evaluate(
 
     Args:
         T: tokens per piece; a token sees bos and the tokens before it in its piece.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass, fewer where they would be more than PASS_TOKENS.
         max_tokens: tokens to score; None scores all.
         on_progress: called with the tokens scored so far after each batch; what it raises ends the pass.
 
@@ -99,6 +101,7 @@ def evaluate(
     num_bytes: list[int] = []
     tokens = 0
     source = rows(tokenizer, documents, T, max_tokens)
+    batch_size = max(1, min(batch_size, PASS_TOKENS // T))
     while window := list(islice(source, WINDOW_ROWS)):
         grow = window[-1][0] + 1 - len(nats)
         nats += [0.0] * grow

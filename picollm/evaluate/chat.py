@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from picollm.data.conversations import Message, Part
-from picollm.generate.engine import Engine
+from picollm.generate.engine import Engine, Reply
 from picollm.generate.sampler import Sampling
+from picollm.generate.session import parts_to_json
 from picollm.tokenizer.chat_format import render_prompt
 from picollm.tokenizer.tokenizer import Tokenizer
 
@@ -57,30 +58,24 @@ def evaluate(
     Returns:
         task name -> `{"n", "score", "stderr"}`, and one record per question in the tasks' order:
         `{"task", "question", "reply", "right", "finish_reason", "parts"}`.
-
-    Raises:
-        ConfigError: a question does not fit the engine's context.
     """
     sampling = Sampling(max_new_tokens=max_new_tokens)
+    records: list[dict[str, Any]] = []
+    index_of: dict[int, int] = {}
     asked = [(task, question) for task in tasks for question in task.questions]
-    order = {engine.submit(prompt_ids(tokenizer, q), sampling): i for i, (_, q) in enumerate(asked)}
-    records: list[dict[str, Any]] = [{}] * len(asked)
-    finished = 0
+    for index, (task, question) in enumerate(asked):
+        # Stands unless a reply replaces it: a question that does not fit the context cannot be answered.
+        records.append(_record(task, question, Reply([], "", "length", ())))
+        ids = prompt_ids(tokenizer, question)
+        if len(ids) <= engine.capacity:
+            index_of[engine.submit(ids, sampling)] = index
+    finished = len(asked) - len(index_of)
     while engine.busy:
         for output in engine.step():
-            if (reply := output.reply) is None:
-                continue
-            index = order[output.request_id]
-            task, question = asked[index]
-            finished += 1
-            records[index] = {
-                "task": task.name,
-                "question": question.prompt,
-                "reply": reply.text,
-                "right": task.is_right(question, reply.text),
-                "finish_reason": reply.finish_reason,
-                "parts": [{"kind": part.kind, "text": part.text} for part in reply.parts],
-            }
+            if output.reply is not None:
+                index = index_of[output.request_id]
+                records[index] = _record(*asked[index], output.reply)
+                finished += 1
         if on_progress is not None:
             on_progress(finished)
     scores = {
@@ -88,3 +83,14 @@ def evaluate(
         for task in tasks
     }
     return scores, records
+
+
+def _record(task: Task, question: Question, reply: Reply) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "question": question.prompt,
+        "reply": reply.text,
+        "right": bool(task.is_right(question, reply.text)),
+        "finish_reason": reply.finish_reason,
+        "parts": parts_to_json(reply.parts),
+    }

@@ -8,6 +8,7 @@ from typing import Any
 from picollm.data.conversations import Message, Part
 from picollm.generate.engine import Engine
 from picollm.generate.sampler import Sampling
+from picollm.generate.session import parts_to_json
 from picollm.tokenizer.chat_format import render_prompt
 from picollm.tokenizer.tokenizer import Tokenizer
 
@@ -28,12 +29,14 @@ QUESTIONS = (
 """What a chat model is asked."""
 
 
-def prompts(tokenizer: Tokenizer, chat: bool) -> list[tuple[str, list[int]]]:
-    """The fixed prompts as text and token ids."""
+def prompts(tokenizer: Tokenizer, chat: bool, longest: int) -> list[tuple[str, list[int]]]:
+    """The fixed prompts as text and token ids; those of more than `longest` tokens are left out."""
     if chat:
         messages = ((text, Message("user", (Part("text", text),))) for text in QUESTIONS)
-        return [(text, render_prompt(tokenizer, (message,))) for text, message in messages]
-    return [(text, [tokenizer.bos, *tokenizer.encode(text)]) for text in OPENINGS]
+        found = [(text, render_prompt(tokenizer, (message,))) for text, message in messages]
+    else:
+        found = [(text, [tokenizer.bos, *tokenizer.encode(text)]) for text in OPENINGS]
+    return [(text, ids) for text, ids in found if len(ids) <= longest]
 
 
 def evaluate(
@@ -51,9 +54,9 @@ def evaluate(
         on_progress: called with the number of replies that have ended after each token; may raise to stop.
 
     Returns:
-        one `{"prompt", "text", "finish_reason", "parts"}` per prompt.
+        one `{"prompt", "text", "finish_reason", "parts"}` per prompt that fits the context.
     """
-    texts = prompts(tokenizer, chat)
+    texts = prompts(tokenizer, chat, engine.capacity)
     ended = 0
 
     def count(_index: int, output: Any) -> None:
@@ -68,7 +71,7 @@ def evaluate(
             "prompt": text,
             "text": reply.text,
             "finish_reason": reply.finish_reason,
-            "parts": [{"kind": part.kind, "text": part.text} for part in reply.parts],
+            "parts": parts_to_json(reply.parts),
         }
         for (text, _), reply in zip(texts, replies, strict=True)
     ]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from picollm.data.conversations import Message, Part
-from picollm.errors import ConfigError, IntegrityError, nearest
+from picollm.errors import ConfigError, IntegrityError
 from picollm.generate.engine import Engine, Reply, StepOutput
 from picollm.generate.sampler import Sampling
 from picollm.model.gpt import GPT
-from picollm.run_dir import TRAINING_STAGES, RunDir, StageDir
+from picollm.run_dir import StageDir
 from picollm.tokenizer.chat_format import render_prompt
 from picollm.tokenizer.tokenizer import Tokenizer
 from picollm.train.checkpoint import load_model
@@ -40,33 +40,14 @@ class TrainedModel:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def choose_stage(run: RunDir, name: str | None) -> StageDir:
-    """The training stage meant by `--stage`; the furthest finished one when it is None.
-
-    Raises:
-        ConfigError: there is no training stage of that name.
-        MissingArtifact: none has finished.
-    """
-    if name is None:
-        return run.latest_trained_stage()
-    if name not in TRAINING_STAGES:
-        close = nearest(name, list(TRAINING_STAGES))
-        raise ConfigError(
-            f"`{name}` is not a training stage",
-            cause=f"training stages are {', '.join(f'`{known}`' for known in TRAINING_STAGES)}",
-            hint=f"did you mean `--stage {close}`?" if close else None,
-        )
-    return run.stage(name)
-
-
-def open_stage(stage: StageDir) -> TrainedModel:
-    """Load a stage's newest checkpoint in float32 and its run's tokenizer.
+def open_stage(stage: StageDir, *, device: str = "cpu") -> TrainedModel:
+    """Load a stage's newest checkpoint, its weights in float32, and its run's tokenizer.
 
     Raises:
         MissingArtifact: there is no checkpoint or no tokenizer.
         IntegrityError: one of them is damaged, or they do not belong together.
     """
-    loaded = load_model(stage, dtype="float32")
+    loaded = load_model(stage, dtype="float32", device=device)
     tokenizer = Tokenizer.load(stage.run.tokenizer)
     if loaded.tokenizer_sha256 != tokenizer.sha256:
         raise IntegrityError(

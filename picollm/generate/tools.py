@@ -30,9 +30,9 @@ _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]
 def calculate(expression: str) -> str | None:
     """The value of an arithmetic expression as text, or None when it is not one that is taken.
 
-    Taken: numbers, `+ - * / // %`, signs and parentheses, at most `MAX_CHARS` characters; commas before three digits are
-    dropped. Arithmetic is exact; a whole result is written as an integer (`8/2` is `4`), any other with ten significant
-    digits. A division by zero, a power or anything else is None, and the caller forces no result.
+    Taken: numbers, `+ - * / // %`, signs and parentheses, at most `MAX_CHARS` characters; a comma before three digits
+    is dropped. Arithmetic is exact; a whole result is written as an integer (`8/2` is `4`), any other with ten
+    significant digits. A division by zero, a power or anything else is None, and the caller forces no result.
     """
     expression = _THOUSANDS.sub("", expression.strip())
     if len(expression) > MAX_CHARS or not _TAKEN.fullmatch(expression):

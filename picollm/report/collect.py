@@ -49,6 +49,8 @@ def collect(run: RunDir) -> Figures:
         "stages": stages,
         "evaluation": evaluation,
         "samples": samples,
+        "wall_s": _stage_times(read_all(run.events_path)),
+        "notes": [event.get("text", "") for event in read_all(run.events_path) if event["kind"] == "note"],
         "settings": {"sources": stored.get("sources", {}), "config": stored.get("config", {})},
         "environment": _read(run.environment_path) or {},
     }
@@ -94,6 +96,7 @@ def _training(stage: StageDir) -> Figures:
         **_timing(everything),
         "cpu_s": (record["result"] if record else checkpoint or {}).get("cpu_s"),
         "tokens_per_s": len(computed) * recipe.get("batch_tokens", 0) / stepping_s if stepping_s else None,
+        "peak_mem_gib": max((event["mem_gib"] for event in computed if _finite(event.get("mem_gib"))), default=None),
         "attempts": attempts(stage.events_path),
         "resumed_from": [
             event["resumed_from"] for event in everything if event["kind"] == "stage_start" and event["resumed_from"]
@@ -107,10 +110,12 @@ def _training(stage: StageDir) -> Figures:
 
 
 def _checkpoint(stage: StageDir) -> Figures | None:
-    """The newest checkpoint: step, hash of its weights, CPU-seconds behind it; None where there is none to trust."""
+    """The newest checkpoint: step, weights and their hash, CPU-seconds behind it; None where there is none to trust."""
     try:
         step, sha256 = checkpoint_sha256(stage)
-        return {"step": step, "sha256": sha256, "cpu_s": read_meta(checkpoint_dir(stage, step)).get("cpu_s")}
+        folder = checkpoint_dir(stage, step)
+        path = (folder / "model.safetensors").relative_to(stage.run.path).as_posix()
+        return {"step": step, "path": path, "sha256": sha256, "cpu_s": read_meta(folder).get("cpu_s")}
     except (MissingArtifact, IntegrityError):
         return None
 
@@ -140,6 +145,22 @@ def _timing(events: list[Event]) -> Figures:
         "ended_at": _utc(times[-1]) if times else None,
         "wall_s": round(wall_s, 3) if events else None,
     }
+
+
+def _stage_times(events: list[Event]) -> dict[str, float]:
+    """Seconds on the clock that the run's commands spent in each stage, all attempts together.
+
+    The report itself and what follows are left out: they are not over yet when it is written first.
+    """
+    seconds: dict[str, float] = {}
+    started: dict[str, float] = {}
+    for event in events:
+        stage = event["stage"]
+        if event["kind"] == "stage_start":
+            started[stage] = event["t"]
+        elif event["kind"] == "stage_end" and stage in started:
+            seconds[stage] = round(seconds.get(stage, 0.0) + event["t"] - started.pop(stage), 3)
+    return {stage: value for stage, value in seconds.items() if stage not in ("report", "manifest")}
 
 
 def _model(stages: dict[str, Figures]) -> Figures | None:

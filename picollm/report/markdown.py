@@ -11,7 +11,10 @@ from picollm.report.plots import UNITS
 Figures = dict[str, Any]
 
 NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
+DONE = {"pretrain": "pretrained", "sft": "fine-tuned", "rl": "reinforced"}
 ABSENT = "–"
+_TRAINED, _HELD_OUT = "_train", "_held_out"
+_HASH = re.compile(r"^[0-9a-f]{64}$")
 # Rows of the recipe table that are shown elsewhere, or are tables themselves.
 _RECIPE_ELSEWHERE = frozenset({"stage", "model", "data", "dtype_reason"})
 
@@ -45,13 +48,13 @@ def headline(figures: Figures) -> str:
         return "Nothing has been trained in this run yet."
     sources = {name: [source["dataset"] for source in of_stage] for name, of_stage in figures["data"].items()}
     parts = [
-        f"{NAMES.get(name, name).lower()} on {_and([f'`{source}`' for source in sources[name]])} "
+        f"{DONE.get(name, name)} on {_and([f'`{source}`' for source in sources[name]])} "
         f"for {stage['steps']:,} steps ({count(stage['tokens'])} tokens)"
         for name, stage in figures["stages"].items()
         if stage["steps"]
     ]
     size = f"A model of {count(model['num_params'])} parameters from preset `{figures['preset']}`"
-    return f"{size}: {', then '.join(parts)}." if parts else f"{size}, not trained yet."
+    return f"{size}, {', then '.join(parts) or 'not trained yet'}."
 
 
 def summary(figures: Figures) -> list[tuple[str, str]]:
@@ -67,16 +70,18 @@ def summary(figures: Figures) -> list[tuple[str, str]]:
         rows.append((NAMES.get(name, name), _progress(stage)))
     for name, stage in figures["stages"].items():
         if checkpoint := stage["checkpoint"]:
-            text = f"step {checkpoint['step']:,}, sha256 {_short(checkpoint['sha256'])}"
-            rows.append((f"Weights ({name})", text))
+            rows.append((f"Weights, {name}", f"`{checkpoint['path']}`, sha256 {_short(checkpoint['sha256'])}"))
     if stages := [stage for stage in figures["stages"].values() if stage["steps"]]:
-        rows.append(("Compute type", f"{stages[0]['recipe']['dtype']} ({stages[0]['recipe']['dtype_reason']})"))
-        rows.append(("Time", _total_time(stages)))
+        rows.append(("Compute type", f"{stages[0]['recipe']['dtype']}: {stages[0]['recipe']['dtype_reason']}"))
+        rows.append(("Training time", _training_time(stages)))
+        if peaks := [stage["peak_mem_gib"] for stage in stages if stage["peak_mem_gib"] is not None]:
+            rows.append(("Peak memory", f"{max(peaks):.2f} GiB in a training process"))
         rows.append(("When", f"{stages[0]['started_at']} to {stages[-1]['ended_at']}"))
+    if figures["wall_s"]:
+        rows.append(("Time by stage", ", ".join(f"{name} {duration(s)}" for name, s in figures["wall_s"].items())))
     for name, evaluation in figures["evaluation"].items():
         for suite, tasks in evaluation["suites"].items():
-            if line := _suite_line(suite, tasks):
-                rows.append((f"{suite} ({name})", line))
+            rows += [(f"{label}, {name}", text) for label, text in _scores(suite, tasks)]
     return rows
 
 
@@ -107,7 +112,7 @@ def _loss(figures: Figures, plot: str | None) -> list[str]:
     if not rows:
         return []
     spans = {stage["loss_final_steps"] for stage in figures["stages"].values() if stage["steps"]}
-    table = _table(["Stage", "First loss", "Final loss", "Tokens", "Tokens/s", "Validation"], rows, right="123")
+    table = _table(["Stage", "First loss", "Final loss", "Tokens", "Tokens/s", "Validation"], rows, right="1234")
     steps = _and([str(number) for number in sorted(spans)])
     note = f"Losses are nats per token; the final one is the mean of the last {steps} steps."
     picture = [f"![Training loss and validation over tokens]({plot})"] if plot else []
@@ -160,27 +165,40 @@ def _evaluation(figures: Figures) -> list[str]:
     parts = []
     for name, evaluation in figures["evaluation"].items():
         for suite, tasks in evaluation["suites"].items():
-            if suite == "samples" or not tasks:
-                continue
-            rows = [
-                (f"`{task}`", _number(r["score"], 4 if suite == "bpb" else 3), _number(r["stderr"], 4), _value(r["n"]))
-                for task, r in tasks.items()
-                if "score" in r
-            ]
-            unit = "Bits per byte" if suite == "bpb" else "Score"
-            title = f"### `{suite}` of {NAMES.get(name, name).lower()}, step {evaluation['step']:,}"
-            parts.append(title + "\n\n" + _table(["Task", unit, "Standard error", "n"], rows, right="123"))
-    return ["\n\n".join(["## Evaluation", *parts])] if parts else []
+            scored = {task: result for task, result in tasks.items() if "score" in result}
+            if scored:
+                title = f"### `{suite}` of {NAMES.get(name, name).lower()}, step {evaluation['step']:,}"
+                parts.append(f"{title}\n\n{_pairs(scored) if suite == 'chat' else _singles(suite, scored)}")
+    note = "Scores are shares of right answers from 0 to 1; bits per byte are lower for better models. ± is one standard error."
+    return ["\n\n".join(["## Evaluation", note, *parts])] if parts else []
+
+
+def _singles(suite: str, tasks: Figures) -> str:
+    unit = "Bits per byte" if suite == "bpb" else "Score"
+    rows = [(f"`{task}`", _score(result, 4), _value(result["n"])) for task, result in tasks.items()]
+    return _table(["Text" if suite == "bpb" else "Task", unit, "n"], rows, right="12")
+
+
+def _pairs(tasks: Figures) -> str:
+    """A line per task: facts it was trained on beside held-out ones."""
+    rows = []
+    for name in dict.fromkeys(task.removesuffix(_TRAINED).removesuffix(_HELD_OUT) for task in tasks):
+        pair = [tasks.get(name + ending) for ending in (_TRAINED, _HELD_OUT)]
+        if pair == [None, None]:
+            pair = [None, tasks[name]]
+        rows.append((f"`{name}`", *(text for r in pair for text in (_score(r, 3), _value(r["n"] if r else None)))))
+    return _table(["Task", "Trained on", "n", "Held out", "n"], rows, right="1234")
 
 
 def _samples(figures: Figures) -> list[str]:
     parts = []
-    for sample in figures["samples"]:
-        text = f"> {sample['prompt']}\n\n{sample['text']}"
+    for stage in dict.fromkeys(sample["stage"] for sample in figures["samples"]):
+        texts = [f"> {s['prompt']}\n{s['text'].strip()}" for s in figures["samples"] if s["stage"] == stage]
+        text = "\n\n".join(texts)
         # A fence longer than any inside, so that no reply can end it.
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-        parts.append(f"{NAMES.get(sample['stage'], sample['stage'])}:\n\n{fence}text\n{text}\n{fence}")
-    return ["\n\n".join(["## Samples", "Decoded greedily.", *parts])] if parts else []
+        parts.append(f"What {NAMES.get(stage, stage).lower()} made, decoded greedily:\n\n{fence}text\n{text}\n{fence}")
+    return ["\n\n".join(["## Samples", *parts])] if parts else []
 
 
 def _notes(figures: Figures) -> list[str]:
@@ -190,11 +208,12 @@ def _notes(figures: Figures) -> list[str]:
             steps = _and([f"{step:,}" for step in stage["resumed_from"]]) or "the beginning"
             lines.append(f"- {name}: {stage['attempts']} attempts, resumed from step {steps}")
         lines += [f"- {name}: {_cell(note)}" for note in dict.fromkeys(stage["notes"])]
+    lines += [f"- {_cell(note)}" for note in dict.fromkeys(figures["notes"])]
     return ["\n".join(["## Notes", "", *lines])] if lines else []
 
 
 def _environment(figures: Figures) -> list[str]:
-    rows = [(f"`{key}`", _value(value)) for key, value in _flatten(figures["environment"])]
+    rows = [(f"`{key}`", _value(value)) for key, value in _flatten(figures["environment"]) if key != "schema"]
     return ["## Environment\n\n" + _table(["", ""], rows)] if rows else []
 
 
@@ -245,22 +264,31 @@ def _progress(stage: Figures) -> str:
     return text
 
 
-def _total_time(stages: Sequence[Figures]) -> str:
+def _training_time(stages: Sequence[Figures]) -> str:
     text = f"{duration(sum(stage['wall_s'] or 0.0 for stage in stages))} on the clock"
     if all(stage["cpu_s"] is not None for stage in stages):
         text += f", {sum(stage['cpu_s'] for stage in stages):,.0f} CPU-seconds"
-    return text + " in the training stages"
+    return text
 
 
-def _suite_line(suite: str, tasks: Figures) -> str:
-    scored = {task: r for task, r in tasks.items() if isinstance(r, dict) and "score" in r}
-    digits = 4 if suite == "bpb" else 2
-    return ", ".join(f"{task} {_with_error(r, digits)}" for task, r in scored.items())
+def _scores(suite: str, tasks: Figures) -> list[tuple[str, str]]:
+    """One line of scores, or two where tasks come in trained and held-out pairs; (label, text)."""
+    tasks = {task: result for task, result in tasks.items() if "score" in result}
+    if suite == "bpb":
+        return [("Bits per byte", ", ".join(f"{_score(result, 4)}, {task}" for task, result in tasks.items()))]
+    lines = []
+    for ending, words in ((_HELD_OUT, "held out"), (_TRAINED, "trained on")):
+        parts = [f"{t.removesuffix(ending)} {_score(r, 2)}" for t, r in tasks.items() if t.endswith(ending)]
+        lines.append((f"{suite.capitalize()}, {words}", ", ".join(parts)))
+    others = [f"{t} {_score(r, 2)}" for t, r in tasks.items() if not t.endswith((_HELD_OUT, _TRAINED))]
+    return [(label, text) for label, text in [*lines, (suite.capitalize(), ", ".join(others))] if text]
 
 
-def _with_error(result: Figures, digits: int) -> str:
+def _score(result: Figures | None, digits: int) -> str:
+    if result is None:
+        return ABSENT
     error = f" ± {result['stderr']:.{digits}f}" if result.get("stderr") is not None else ""
-    return f"{_number(result['score'], digits)}{error} (n {result['n']:,})"
+    return f"{_number(result['score'], digits)}{error}"
 
 
 def _last_validation(stage: Figures) -> str:
@@ -301,7 +329,7 @@ def _value(value: Any) -> str:
         return ", ".join(_value(item) for item in value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
-    return str(value)
+    return _short(value) if _HASH.match(str(value)) else str(value)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ Point = dict[str, Any]
 TITLES = {"pretrain": "Pretraining", "sft": "Fine-tuning (SFT)", "rl": "Reinforcement learning (RL)"}
 # Names under which stages record their validation -> unit.
 UNITS = {"val_bpb": "bits per byte", "val_loss": "nats per token"}
-# Share of a curve's points that one smoothed point remembers: enough to see the trend through the documents' noise.
+# Share of a curve's points behind one smoothed point: enough to see the trend through the documents' noise.
 SMOOTHING_SHARE = 0.05
 # Okabe & Ito's palette: told apart by colour-blind readers and in grey.
 LOSS, VALIDATION, INK = "#0072B2", "#D55E00", "#333333"
@@ -42,12 +43,17 @@ def draw_loss(curves: dict[str, list[Point]], validation: dict[str, list[Point]]
 
 
 def smooth(values: list[float], share: float = SMOOTHING_SHARE) -> list[float]:
-    """Exponential moving mean with its start corrected (as Adam's), over about `share` of the values."""
-    keep = 1 - 1 / max(1.0, share * len(values))
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight)
+    """Centred moving mean over about `share` of the values.
+
+    At the start the window narrows on both sides, so that the steep fall is not flattened; at the end only ahead.
+    """
+    half = round(share * len(values) / 2)
+    sums = [0.0, *accumulate(values)]
+    out = []
+    for index in range(len(values)):
+        behind = min(half, index)
+        ahead = min(behind, len(values) - 1 - index)
+        out.append((sums[index + ahead + 1] - sums[index - behind]) / (behind + ahead + 1))
     return out
 
 
@@ -82,12 +88,9 @@ def _panel(axis: Axes, stage: str, curve: list[Point], validation: list[Point]) 
         target = axis.twinx() if own_axis else axis
         xs, ys = [p["tokens"] / divisor for p in shown], [p["value"] for p in shown]
         marks = target.plot(xs, ys, color=VALIDATION, linewidth=1.0, linestyle=":", marker="o", markersize=6, zorder=5)
-        target.annotate(
-            f"{ys[-1]:.3f}", (xs[-1], ys[-1]), xytext=(-7, 9), textcoords="offset points", ha="right", color=VALIDATION
-        )
-        label = "validation"
+        label = f"validation, {ys[-1]:.3f} at the end"
         if own_axis:
-            label += f" ({UNITS.get(name, name)}, right axis)"
+            label += " (right axis)"
             target.set_ylabel(f"validation ({UNITS.get(name, name)})", color=VALIDATION)
             target.tick_params(axis="y", colors=VALIDATION)
             target.spines[["top", "left"]].set_visible(False)

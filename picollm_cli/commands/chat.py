@@ -10,6 +10,7 @@ import typer
 
 from picollm_cli import options
 from picollm_cli.console import Output
+from picollm_cli.stage_option import StageOption, choose_stage
 
 if TYPE_CHECKING:
     from picollm.generate.session import Session, TrainedModel
@@ -23,10 +24,7 @@ Ctrl-C   stop the reply"""
 
 def chat(
     run: options.Run = None,
-    stage: Annotated[
-        Optional[str],
-        typer.Option("--stage", help="Stage to talk to: pretrain, sft, rl; the latest finished one unless told."),
-    ] = None,
+    stage: StageOption = None,
     prompt: Annotated[
         Optional[str],
         typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this, print the reply, leave; `-` reads stdin."),
@@ -59,11 +57,12 @@ def chat(
         prompt = sys.stdin.read().strip("\n")
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", hint='give a text: `picollm chat -p "Who are you?"`')
+    chosen = choose_stage(found, stage)
     # Torch comes with these; nothing above needs it, so that mistakes are told at once.
     from picollm.generate.engine import Engine
-    from picollm.generate.session import Session, choose_stage, open_stage
+    from picollm.generate.session import Session, open_stage
 
-    trained = open_stage(choose_stage(found, stage))
+    trained = open_stage(chosen)
     engine = Engine(trained.model, trained.tokenizer, num_slots=1)
     session = Session(engine, trained.tokenizer, trained.is_chat, system)
     if prompt is not None:

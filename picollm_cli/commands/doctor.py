@@ -27,7 +27,7 @@ MARKS = {
 def doctor(
     checks: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="[CHECK]…", help="Checks to run, such as `torch`; all of them when none is named."),
+        typer.Argument(metavar="CHECK", help="Checks to run, such as `torch`; all of them when none is named."),
     ] = None,
     run: Run = None,
     preset: Preset = None,
@@ -75,10 +75,10 @@ def doctor(
 
 
 def _inspection(run: str | None, preset: str | None, config: str | None, sets: list[str]) -> Inspection:
-    """What to look at.
+    """What to look at: an existing run, or the new one that `speedrun` would make of the same options.
 
     Raises:
-        MissingArtifact: `--run` names a run that is not there.
+        MissingArtifact: `--run` names a run that is not there, and nothing says what it would be made of.
         ConfigError: what this call says about the config is wrong. What stands in the user's own file or the
             environment is left to the checks, so that doctor still says everything else.
     """
@@ -86,23 +86,30 @@ def _inspection(run: str | None, preset: str | None, config: str | None, sets: l
     from picollm.run_dir import find_run, run_named
     from picollm_cli.inspection import Inspection
 
-    target = find_run(run) if run else None
-    if target is not None and preset is not None:
-        raise ConfigError(
-            f"`--preset {preset}` does not apply to run `{run}`",
-            cause="an existing run keeps the config it was made with",
-            hint="leave out `--preset`, or leave out `--run` to look at a new run",
-        )
-    # A name in the environment may be that of a run still to be made.
-    if target is None and preset is None and (name := os.environ.get("PICOLLM_RUN")) and run_named(name).exists():
-        target = run_named(name)
+    asked = bool(preset or config or sets)
+    name = run or os.environ.get("PICOLLM_RUN") or None
+    target = run_named(name) if name else None
+    if target is not None and not target.exists():
+        target = find_run(name) if run and not (preset or config) else None
+    if target is not None and preset and preset != (made_with := target.read_config().get("preset")):
+        # A name in the environment is a default; one that was typed is meant.
+        if run:
+            raise ConfigError(
+                f"run `{run}` was made with another preset",
+                cause=f"it was `{made_with}`, now `{preset}` is given",
+                hint="leave out `--preset`, or leave out `--run` to look at a new run",
+            )
+        target, name = None, None
+    if target is None and preset is None and config is None:
+        preset = DEFAULT_PRESET
     inspection = Inspection(
         run=target,
-        preset=None if target else preset or DEFAULT_PRESET,
-        config_path=Path(config) if config else None,
+        name=name,
+        preset=None if target else preset,
+        config_path=Path(config).expanduser() if config else None,
         sets=sets,
     )
-    if preset or config or sets:
+    if asked:
         inspection.require_config()
     return inspection
 
@@ -120,13 +127,18 @@ def _print_check(out: Output, check: Check, width: int) -> None:
 
 
 def _summary(found: list[Check], inspection: Inspection) -> str:
+    from picollm.errors import PicollmError
     from picollm_cli.checks import CHECKS
 
     blocking = sum(check.level == "block" for check in found)
     warnings = sum(check.level == "warn" for check in found)
     warned = f", {warnings} warning{'s' if warnings != 1 else ''}" if warnings else ""
     if blocking:
-        return f"{blocking} of {len(found)} checks block{'s' if blocking == 1 else ''}{warned}."
+        return f"{blocking} check{' blocks' if blocking == 1 else 's block'}{warned}"
     if len(found) < len(CHECKS):
-        return f"Nothing blocks in {len(found)} of {len(CHECKS)} checks{warned}."
-    return f"This machine is ready for {inspection.subject}{warned}. Start it with `{inspection.command}`"
+        return f"Nothing blocks in {len(found)} of {len(CHECKS)} checks{warned}"
+    try:
+        _ = inspection.plan
+    except PicollmError:
+        return f"Nothing blocks on this machine, but the config of {inspection.subject} cannot be used{warned}"
+    return f"This machine is ready for {inspection.subject}{warned}; start it with `{inspection.command}`"

@@ -30,8 +30,10 @@ def report(run: options.Run = None, json: options.Json = False) -> None:
     out.print()
     out.print(headline(figures))
     out.print()
-    for label, value in summary(figures):
-        out.print(f"{label:<18}{value}")
+    rows = summary(figures)
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, value in rows:
+        out.print(f"{label:<{width}}  {value}")
     out.result(figures)
     if figures["missing_stages"]:
         out.hint(

@@ -41,20 +41,18 @@ def train(
       picollm tokenizer train --run peps --preset cpu-small --set data.dataset=peps
       picollm tokenizer train --run peps --set tokenizer.vocab_size=4096
     """
-    from picollm.run_dir import StageDir, hold_lock
     from picollm.tokenizer.stage import train_stage
-    from picollm_cli.prepare import prepare_run
+    from picollm_cli.prepare import open_run
 
     out = Output(json)
-    target, resolved = prepare_run(out, run=run, preset=preset, config=config, sets=sets)
-    stage = StageDir(target.tokenizer)
-    with hold_lock(target.lock_path, f"run `{target.name}`"):
-        before = stage.record()
+    with open_run(out, run=run, preset=preset, config=config, sets=sets) as prepared:
+        target = prepared.run
+        before = target.stage("tokenizer").record()
         with out.progress("tokenizer", unit="characters") as update:
-            record = train_stage(target, resolved, on_progress=update)
+            record = train_stage(target, prepared.config, on_progress=update)
     skipped = record == before
     result = record["result"]
-    wanted = resolved.tokenizer.vocab_size
+    wanted = prepared.config.tokenizer.vocab_size
     if result["vocab_size"] < wanted:
         out.warn(
             f"the text yields {result['vocab_size']:,} tokens, fewer than the {wanted:,} asked for; "

@@ -26,7 +26,12 @@ def part(kind: object, text: object) -> dict:
     return {"type": kind, "text": text}
 
 
-TOOL_REPLY = [part("text", "Let me see. "), part("python", "7+5"), part("python_output", "12"), part("text", "It is 12.")]
+TOOL_REPLY = [
+    part("text", "Let me see. "),
+    part("python", "7+5"),
+    part("python_output", "12"),
+    part("text", "It is 12."),
+]
 
 
 @pytest.mark.parametrize(

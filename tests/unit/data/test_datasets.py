@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,15 @@ def test_conversations_survive_odd_line_separators() -> None:
     assert dataset.first_rows("train", 5) == [CHAT.to_json()]
 
 
+def test_the_wrong_kind_is_the_users_mistake() -> None:
+    with pytest.raises(ConfigError) as caught:
+        write_chat().documents("train")
+    assert caught.value.cause == "it holds conversations, not text"
+    with pytest.raises(ConfigError) as caught:
+        write().conversations("train")
+    assert "--set data.dataset=words" in caught.value.hint
+
+
 # -- what is not there, or not as recorded ----------------------------------------------------------------------------
 
 
@@ -133,7 +143,7 @@ def test_a_name_cannot_leave_the_folder() -> None:
         (lambda dataset: edit_record(dataset, files=[{"name": "x"}]), "missing"),
         (
             lambda dataset: edit_record(
-                dataset, files=[dict(name="../x", split="train", rows=1, bytes=1, chars=1, sha256="")]
+                dataset, files=[{"name": "../x", "split": "train", "rows": 1, "bytes": 1, "chars": 1, "sha256": ""}]
             ),
             r"names a file `\.\./x`",
         ),
@@ -146,8 +156,6 @@ def test_a_torn_record_is_an_integrity_error(damage, reason: str) -> None:
     with pytest.raises(IntegrityError) as caught:
         Dataset.open("words")
     assert caught.value.cause is not None
-    import re
-
     assert re.search(reason, caught.value.cause)
     assert caught.value.hint == "make it again with `picollm data import words PATH… --force`"
 
@@ -288,7 +296,7 @@ def test_a_damaged_toy_world_is_made_again(monkeypatch: pytest.MonkeyPatch, dama
     again = ensure("toy-world-chat")
     assert again.sha256 == good.sha256
     assert again.verify() == []
-    assert [path for path in (good.path.parent / ".old").iterdir()] == []
+    assert list((good.path.parent / ".old").iterdir()) == []
 
 
 def test_another_generator_makes_another_toy_world(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,9 @@ def sha256(items: Any) -> str:
 @pytest.mark.parametrize(
     ("stream", "digest"),
     [
-        ("documents", "DIGEST_DOCUMENTS"),
-        ("validation_documents", "DIGEST_VALIDATION"),
-        ("conversations", "DIGEST_CONVERSATIONS"),
+        ("documents", "d1f7fa10ed5209538911b02fe7163b5e392a23e9f26d2755dd2ceb7ec1703400"),
+        ("validation_documents", "9257c485d0c62f9e61534cf05148d53e4cb5d3abf8c1f9d0d0579fefa05b5596"),
+        ("conversations", "0ed619fed75a57f0f84735c38ed1f1f491a5194dab409144505a9f6813db2654"),
     ],
 )
 def test_the_first_200_items_are_pinned(stream: str, digest: str) -> None:
@@ -69,7 +69,7 @@ def test_questions_are_pinned() -> None:
         for held_out in (False, True)
         for question in toy_world.questions(task, held_out)
     ]
-    assert sha256(asked) == "DIGEST_QUESTIONS"
+    assert sha256(asked) == "32b8996437729bfe325c744fdfaa50b2b62b87a8cdbec9ebb31659df7cb834a3"
 
 
 def test_text_does_not_depend_on_the_hash_seed_of_the_process() -> None:

@@ -1,0 +1,151 @@
+"""Scores one suite on one checkpoint: `bpb`, `samples` or `chat`. `python -m picollm.stages.eval RUN/eval/STAGE-SUITE`.
+
+Results are written whole at the end; a suite that was interrupted runs again from its start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from picollm.config.recipe import EvalRecipe, EvalRuntime
+from picollm.data.datasets import Dataset
+from picollm.errors import ConfigError, IntegrityError, Interrupted
+from picollm.evaluate import bits_per_byte, chat, samples
+from picollm.evaluate.tasks import toy_world
+from picollm.generate.engine import Engine
+from picollm.generate.session import TrainedModel, open_stage
+from picollm.run_dir import SCHEMA, sha256_json, write_atomic, write_json
+from picollm.worker import Worker, run
+
+Scores = dict[str, dict[str, Any]]
+Records = list[dict[str, Any]]
+
+
+def main(worker: Worker) -> None:
+    try:
+        recipe = EvalRecipe.model_validate(worker.config["recipe"])
+        runtime = EvalRuntime.model_validate(worker.config["runtime"])
+    except ValidationError as error:
+        raise ConfigError(f"`{worker.stage.config_path}` is not an evaluation's config", cause=str(error)) from error
+    trained = open_stage(worker.stage.run.stage(recipe.source), device=str(worker.device))
+    _same(f"model of stage `{recipe.source}`", trained.sha256, recipe.checkpoint_sha256)
+    worker.start()
+    suites: dict[str, Callable[..., tuple[Scores, Records]]] = {"bpb": _bpb, "samples": _samples, "chat": _chat}
+    scores, records = suites[recipe.suite](worker, recipe, runtime, trained)
+    _write(worker, recipe, scores, records)
+
+
+def _bpb(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: TrainedModel) -> tuple[Scores, Records]:
+    """Bits per byte of the validation split."""
+    dataset = Dataset.open(recipe.data.dataset, base=worker.stage.run.base)
+    _same(f"dataset `{dataset.name}`", dataset.sha256, recipe.data.sha256)
+    found = bits_per_byte.evaluate(
+        trained.model,
+        trained.tokenizer,
+        dataset.documents("validation"),
+        trained.model.arch.max_position_embeddings,
+        runtime.batch_size,
+        recipe.bpb_tokens,
+        on_progress=_stopper(worker),
+    )
+    worker.event("eval", step=recipe.step, name="bpb", value=found.bpb, stderr=found.stderr, n=found.documents)
+    score = {
+        "n": found.documents,
+        "score": found.bpb,
+        "stderr": found.stderr,
+        "unit": "bits per byte",
+        "bytes": found.bytes,
+        "tokens": found.tokens,
+        "nats": found.nats,
+    }
+    return {"validation": score}, []
+
+
+def _samples(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: TrainedModel) -> tuple[Scores, Records]:
+    """Replies to the fixed prompts, for people to read."""
+    longest = trained.model.arch.max_position_embeddings
+    prompts = samples.prompts(trained.tokenizer, trained.is_chat, longest)
+    engine = _engine(trained, [ids for _, ids in prompts], runtime.batch_size, recipe.max_new_tokens)
+    records = samples.evaluate(
+        engine,
+        trained.tokenizer,
+        chat=trained.is_chat,
+        max_new_tokens=recipe.max_new_tokens,
+        on_progress=_stopper(worker),
+    )
+    for record in records:
+        worker.event("sample", step=recipe.step, prompt=record["prompt"], text=record["text"])
+    return {"prompts": {"n": len(records)}}, records
+
+
+def _chat(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: TrainedModel) -> tuple[Scores, Records]:
+    """The toy world's tasks, on trained and on held-out facts."""
+    tasks = toy_world.tasks(recipe.questions, recipe.seed)
+    prompts = [chat.prompt_ids(trained.tokenizer, question) for task in tasks for question in task.questions]
+    engine = _engine(trained, prompts, runtime.batch_size, recipe.max_new_tokens)
+    scores, records = chat.evaluate(engine, trained.tokenizer, tasks, recipe.max_new_tokens, _stopper(worker))
+    for name, score in scores.items():
+        worker.event("eval", step=recipe.step, name=name, value=score["score"], stderr=score["stderr"], n=score["n"])
+    return scores, records
+
+
+def _engine(trained: TrainedModel, prompts: list[list[int]], batch_size: int, max_new_tokens: int) -> Engine:
+    """An engine with as many slots and as much context as these prompts can use."""
+    needed = max((len(ids) for ids in prompts), default=1) + max_new_tokens
+    capacity = min(trained.model.arch.max_position_embeddings, needed)
+    return Engine(trained.model, trained.tokenizer, max(1, min(batch_size, len(prompts))), capacity)
+
+
+def _stopper(worker: Worker) -> Callable[[int], None]:
+    """A progress callback that ends the suite when a stop was asked for; nothing is kept of it."""
+
+    def look(_done: int) -> None:
+        if worker.should_stop():
+            raise Interrupted(f"stopped {worker.stage.name}; it starts anew next time")
+
+    return look
+
+
+def _same(what: str, found: str, recorded: str) -> None:
+    if found != recorded:
+        raise IntegrityError(
+            f"the {what} is not the one this evaluation was prepared for",
+            cause=f"its sha256 is {found[:12]}…, the recipe names {recorded[:12]}…",
+            hint="run `picollm eval` again: it prepares the evaluation for what is there now",
+        )
+
+
+def _write(worker: Worker, recipe: EvalRecipe, scores: Scores, records: Records) -> None:
+    """`results.json`, `samples.jsonl` where the suite decodes, and the record last."""
+    stage = worker.stage
+    results: Path = stage.path / "results.json"
+    write_json(
+        results,
+        {
+            "schema": SCHEMA,
+            "run": stage.run.name,
+            "stage": recipe.source,
+            "step": recipe.step,
+            "checkpoint_sha256": recipe.checkpoint_sha256,
+            "suites": {recipe.suite: scores},
+        },
+    )
+    outputs = [results]
+    if records:
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        outputs.append(stage.path / "samples.jsonl")
+        write_atomic(outputs[-1], lines)
+    stage.write_record(
+        {"recipe": sha256_json(worker.config["recipe"])},
+        outputs,
+        {"step": recipe.step, **scores},
+    )
+
+
+if __name__ == "__main__":
+    run(main)

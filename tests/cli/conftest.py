@@ -1,0 +1,83 @@
+"""A run with trained stages, made in-process in a second: real files, random weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+SPLIT_ROWS = {"train": 40, "validation": 12}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with run `tiny`: tokenizer, `pretrain` and `sft` with a model of random weights, T 96."""
+    import torch
+
+    from picollm.config.model import Architecture
+    from picollm.config.recipe import Rates, Schedule, Source, TrainRecipe, TrainRuntime
+    from picollm.config.resolve import resolve
+    from picollm.data import toy_world
+    from picollm.data.dataset_writer import DatasetWriter
+    from picollm.data.datasets import Dataset
+    from picollm.run_dir import SCHEMA, RunDir, sha256_json, write_json
+    from picollm.tokenizer.train import train
+    from picollm.train import checkpoint
+    from picollm.train.loop import build_model
+
+    base = tmp_path_factory.mktemp("tiny") / "base"
+    with DatasetWriter("stories", base) as writer:
+        writer.start("text")
+        for split, num in SPLIT_ROWS.items():
+            for text in toy_world.documents(num, seed=len(split)):
+                writer.add(split, text)
+        writer.publish({"generator": "test"})
+    run = RunDir(base / "runs" / "tiny")
+    made = resolve(preset="demo", config_path=None, sets=("data.dataset=stories", "eval.questions=4"))
+    config = made.config.model_dump(mode="json")
+    write_json(run.config_path, {"schema": SCHEMA, "preset": "demo", "sources": made.sources, "config": config})
+    tokenizer = train(toy_world.documents(60, 0), 400)
+    run.stage("tokenizer").write_record({}, tokenizer.save(run.tokenizer), {"vocab_size": tokenizer.vocab_size})
+    dataset = Dataset.open("stories", base)
+    arch = Architecture(
+        arch="portable", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, intermediate_size=64, vocab_size=tokenizer.vocab_size, max_position_embeddings=96,
+        rope_theta=10_000.0,
+    )  # fmt: skip
+    runtime = TrainRuntime(
+        ranks=1, threads=1, device_batch_size=1, attention="auto", compile=False, checkpoint_every=10, keep_last=1,
+        eval_every=None, eval_tokens=96,
+    )  # fmt: skip
+    for name, source in (("pretrain", dataset.name), ("sft", "toy-world-chat")):
+        recipe = TrainRecipe(
+            stage=name, seed=0, model=arch, dtype="float32", dtype_reason="test", steps=10, batch_tokens=96,
+            rates=Rates(matrix_lr=0.02, embedding_lr=0.1, unembedding_lr=0.01, scalar_lr=0.01, weight_decay=0.0),
+            schedule=Schedule(
+                warmup_steps=0, warmdown_steps=1, final_lr_fraction=0.0, momentum_start=0.85, momentum_peak=0.95,
+                momentum_end=0.9, momentum_ramp_steps=1,
+            ),
+            data=(Source(dataset=source, sha256=dataset.sha256),), buffer_documents=1,
+            tokenizer_sha256=tokenizer.sha256,
+        )  # fmt: skip
+        model, optimizer = build_model(recipe, "sdpa", torch.device("cpu"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(7))
+        stage = run.stage(name)
+        values = recipe.model_dump(mode="json")
+        write_json(
+            stage.config_path,
+            {"schema": SCHEMA, "stage": name, "recipe": values, "runtime": runtime.model_dump(mode="json")},
+        )
+        folder, _ = checkpoint.save(stage, 10, model, optimizer, {"tokenizer_sha256": tokenizer.sha256}, keep_last=1)
+        outputs = [path for path in folder.rglob("*") if path.is_file()]
+        stage.write_record({"recipe": sha256_json(values)}, outputs, {"step": 10})
+    return base
+
+
+@pytest.fixture
+def tiny_run(tiny_base: Path, clean_environment: Path) -> Path:
+    """A copy of the run in this test's base directory; returns the run's folder."""
+    shutil.copytree(tiny_base, clean_environment)
+    return clean_environment / "runs" / "tiny"

@@ -1,0 +1,52 @@
+"""The real probe, once, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import picollm
+from picollm.hardware import detect
+from picollm.torch_facts import CACHE_NAME, torch_facts
+
+
+def test_the_probe_says_what_torch_can_do_and_keeps_it(clean_environment: Path) -> None:
+    machine = detect()
+    facts = torch_facts(machine)
+    assert facts["torch"].startswith("2.")
+    assert facts["cuda"]["available"] is bool(facts["devices"])
+    assert facts["cuda"]["available"] or facts["cuda"]["reason"]
+    for name in ("fp32", "bf16"):
+        assert facts[name]["works"] and facts[name]["error"] is None
+    # The slowest machine that anybody would train on, and more than any core there is.
+    assert facts["cuda"]["available"] or 1e8 < facts["fp32"]["flops_per_s"] < 2e12
+    assert {"matmul", "sdpa"} <= set(facts["attention"]["backends"])
+    assert facts["distributed"]["gloo"] is True
+    assert set(facts["compile"]) == {"compiler", "triton"}
+    assert json.loads((clean_environment / CACHE_NAME).read_text())["facts"] == facts
+
+
+def test_a_torch_that_cannot_be_imported_is_reported_as_json(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "torch.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')\n")
+    code = "import sys, runpy; sys.path.insert(0, sys.argv[1]); "
+    code += "runpy.run_module('picollm.stages.probe', run_name='__main__')"
+    source = str(Path(picollm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(broken)], capture_output=True, text=True, check=False, cwd=source
+    )
+    assert done.returncode == 3
+    assert json.loads(done.stdout) == {"error": "OSError: libtorch_cpu.so: cannot open shared object file"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernel_that_ran_is_named() -> None:
+    facts = torch_facts(detect())
+    assert facts["cuda"]["available"], facts["cuda"]["reason"]
+    assert facts["attention"]["kernel"]
+    assert facts["bf16"]["flops_per_s"] > facts["fp32"]["flops_per_s"]
