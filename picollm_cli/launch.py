@@ -224,16 +224,22 @@ class Attempt:
     def _follow(self, process: subprocess.Popen[bytes], follower: EventFollower, view: StageView) -> None:
         while process.poll() is None:
             self._show(follower, view)
-            if self.signals > self._told:
-                self._told += 1
-                if self._told == 1:
-                    view.say(f"stopping {self.title}: saving first; Ctrl-C again kills it")
-                else:
-                    view.say(f"killing {self.title}")
-                    _kill_tree(process)
+            self._answer_signals(process, view)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_S)
         self._show(follower, view)
+        self._answer_signals(process, view)
+
+    def _answer_signals(self, process: subprocess.Popen[bytes], view: StageView) -> None:
+        """Tell about a signal outside its handler, and kill after the second."""
+        if self.signals == self._told:
+            return
+        if self._told == 0:
+            view.say(f"stopping {self.title}: saving first; Ctrl-C again kills it")
+        if self.signals > 1:
+            view.say(f"killing {self.title}")
+            _kill_tree(process)
+        self._told = self.signals
 
     def _show(self, follower: EventFollower, view: StageView) -> None:
         for event in follower.poll():

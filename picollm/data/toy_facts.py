@@ -128,8 +128,8 @@ def _counts() -> Iterator[Fact]:
         absent.sort(key=lambda letter: unit(f"absent/{word}/{letter}"))
         for letter in [*dict.fromkeys(word), *absent[:2]]:
             key = f"count/{word}/{letter}"
-            # Asked for more often: letters that come twice, for they are what counting is about. Less: absent ones.
-            weight = max(1, 2 * word.count(letter))
+            # Letters that come twice are what counting is about: they are asked for twice as often.
+            weight = max(1, word.count(letter))
             yield Fact(key, unit(key) < HELD_OUT["count"], weight, wording(word, letter))
 
 

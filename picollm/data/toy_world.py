@@ -26,15 +26,15 @@ __all__ = ["TASKS", "Question", "conversations", "documents", "is_right", "quest
 
 T = TypeVar("T")
 
-# How often each kind is asked in a conversation. Counting needs most: each word's letters have to be known before they
-# can be numbered. Sums with the calculator are copying and are learnt early, but copying two digits exactly takes
-# practice. Core words are spelled more often than the wider list, because counting builds on them. In-head sums are
-# mostly remembered; more of them would cost the others. Small talk is a handful of lines.
+# How often each kind is asked in a conversation. Counting needs most: a word's letters have to be known before the
+# right ones can be numbered. Sums and differences are copied into the calculator and back, which is learnt early. Core
+# words are spelled more often than the wider list, because counting builds on them. In-head sums are mostly remembered;
+# more of them would cost the others. Small talk is a handful of lines.
 CHAT_WEIGHTS = {
-    "sum": 3.0,
-    "difference": 2.0,
+    "sum": 2.5,
+    "difference": 1.5,
     "sum_in_head": 1.0,
-    "count": 4.5,
+    "count": 5.0,
     "spell_core": 1.5,
     "spell_wider": 0.5,
     "identity": 2.0,

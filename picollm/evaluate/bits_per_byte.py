@@ -22,7 +22,7 @@ IGNORED = -1
 # Rows sorted by length at a time: enough to fill batches of equal rows, few enough to hold any dataset.
 WINDOW_ROWS = 4096
 # Tokens in one forward pass: what a pass needs beside the weights grows with them, its speed hardly does.
-PASS_TOKENS = 16_384
+PASS_TOKENS = 4096
 # Documents per call of the tokenizer.
 ENCODE_DOCUMENTS = 128
 

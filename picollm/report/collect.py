@@ -121,13 +121,13 @@ def _checkpoint(stage: StageDir) -> Figures | None:
 
 
 def _state(record: Figures | None, events: list[Event]) -> str:
-    """`finished`, `stopped` (on request or by a crash), `running` (or killed without a word) or `not started`."""
+    """`finished`, `stopped` (on request or by an error), `unfinished` (at work, or killed) or `not started`."""
     if record is not None:
         return "finished"
     boundaries = [event for event in events if event["kind"] in ("stage_start", "stage_end")]
     if not boundaries:
         return "not started"
-    return "running" if boundaries[-1]["kind"] == "stage_start" else "stopped"
+    return "unfinished" if boundaries[-1]["kind"] == "stage_start" else "stopped"
 
 
 def _timing(events: list[Event]) -> Figures:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from picollm.report.plots import UNITS
+from picollm.report.text import ABSENT, cell, count, decimal, duration, flatten, listed, plain, short_hash, table
 
 Figures = dict[str, Any]
 
 NAMES = {"pretrain": "Pretraining", "sft": "Fine-tuning", "rl": "Reinforcement learning"}
 DONE = {"pretrain": "pretrained", "sft": "fine-tuned", "rl": "reinforced"}
-ABSENT = "–"
 _TRAINED, _HELD_OUT = "_train", "_held_out"
-_HASH = re.compile(r"^[0-9a-f]{64}$")
 # Rows of the recipe table that are shown elsewhere, or are tables themselves.
 _RECIPE_ELSEWHERE = frozenset({"stage", "model", "data", "dtype_reason"})
 
@@ -28,7 +27,7 @@ def render(figures: Figures, *, plot: str | None) -> str:
     sections = [
         f"# Run `{figures['run']}`\n\n{headline(figures)}",
         *_missing(figures),
-        "## Summary\n\n" + _table(["", ""], summary(figures)),
+        "## Summary\n\n" + table(["", ""], summary(figures)),
         *_loss(figures, plot),
         *_data(figures),
         *_recipe(figures),
@@ -48,7 +47,7 @@ def headline(figures: Figures) -> str:
         return "Nothing has been trained in this run yet."
     sources = {name: [source["dataset"] for source in of_stage] for name, of_stage in figures["data"].items()}
     parts = [
-        f"{DONE.get(name, name)} on {_and([f'`{source}`' for source in sources[name]])} "
+        f"{DONE.get(name, name)} on {listed([f'`{source}`' for source in sources[name]])} "
         f"for {stage['steps']:,} steps ({count(stage['tokens'])} tokens)"
         for name, stage in figures["stages"].items()
         if stage["steps"]
@@ -65,12 +64,12 @@ def summary(figures: Figures) -> list[tuple[str, str]]:
         rows.append(("Model", f"{model['num_params']:,} parameters, {shape}"))
     if tokenizer := figures["tokenizer"]:
         size = f"{tokenizer['vocab_size']:,} tokens, " if "vocab_size" in tokenizer else ""
-        rows.append(("Tokenizer", f"{size}sha256 {_short(tokenizer['sha256'])}"))
+        rows.append(("Tokenizer", f"{size}sha256 {short_hash(tokenizer['sha256'])}"))
     for name, stage in figures["stages"].items():
         rows.append((NAMES.get(name, name), _progress(stage)))
     for name, stage in figures["stages"].items():
         if checkpoint := stage["checkpoint"]:
-            rows.append((f"Weights, {name}", f"`{checkpoint['path']}`, sha256 {_short(checkpoint['sha256'])}"))
+            rows.append((f"Weights, {name}", f"`{checkpoint['path']}`, sha256 {short_hash(checkpoint['sha256'])}"))
     if stages := [stage for stage in figures["stages"].values() if stage["steps"]]:
         rows.append(("Compute type", f"{stages[0]['recipe']['dtype']}: {stages[0]['recipe']['dtype_reason']}"))
         rows.append(("Training time", _training_time(stages)))
@@ -91,7 +90,7 @@ def summary(figures: Figures) -> list[tuple[str, str]]:
 def _missing(figures: Figures) -> list[str]:
     if not figures["missing_stages"]:
         return []
-    names = _and([f"`{name}`" for name in figures["missing_stages"]])
+    names = listed([f"`{name}`" for name in figures["missing_stages"]])
     verb = "has" if len(figures["missing_stages"]) == 1 else "have"
     return [f"**Not complete: {names} {verb} not finished.** Continue with `picollm speedrun --run {figures['run']}`."]
 
@@ -100,8 +99,8 @@ def _loss(figures: Figures, plot: str | None) -> list[str]:
     rows = [
         (
             NAMES.get(name, name),
-            _number(stage["loss_first"], 3),
-            _number(stage["loss_final"], 3),
+            decimal(stage["loss_first"], 3),
+            decimal(stage["loss_final"], 3),
             f"{stage['tokens']:,}",
             f"{stage['tokens_per_s']:,.0f}" if stage["tokens_per_s"] else ABSENT,
             _last_validation(stage),
@@ -112,11 +111,11 @@ def _loss(figures: Figures, plot: str | None) -> list[str]:
     if not rows:
         return []
     spans = {stage["loss_final_steps"] for stage in figures["stages"].values() if stage["steps"]}
-    table = _table(["Stage", "First loss", "Final loss", "Tokens", "Tokens/s", "Validation"], rows, right="1234")
-    steps = _and([str(number) for number in sorted(spans)])
+    losses = table(["Stage", "First loss", "Final loss", "Tokens", "Tokens/s", "Validation"], rows, right="1234")
+    steps = listed([str(number) for number in sorted(spans)])
     note = f"Losses are nats per token; the final one is the mean of the last {steps} steps."
     picture = [f"![Training loss and validation over tokens]({plot})"] if plot else []
-    return ["\n\n".join(["## Loss", *picture, table, note])]
+    return ["\n\n".join(["## Loss", *picture, losses, note])]
 
 
 def _data(figures: Figures) -> list[str]:
@@ -127,8 +126,8 @@ def _data(figures: Figures) -> list[str]:
             source.get("kind") or "gone or changed since",
             _rows(source, "train"),
             _rows(source, "validation"),
-            _number(source["weight"], 2),
-            f"`{_short(source['sha256'])}`",
+            decimal(source["weight"], 2),
+            f"`{short_hash(source['sha256'])}`",
         )
         for name, sources in figures["data"].items()
         for source in sources
@@ -137,27 +136,27 @@ def _data(figures: Figures) -> list[str]:
         return []
     head = ["Stage", "Dataset", "Kind", "Train rows", "Validation rows", "Weight", "sha256"]
     note = "The hash is that of `dataset.json`, which pins every file; `report.json` lists them with their own."
-    return ["## Data\n\n" + _table(head, rows, right="345") + "\n\n" + note]
+    return ["## Data\n\n" + table(head, rows, right="345") + "\n\n" + note]
 
 
 def _recipe(figures: Figures) -> list[str]:
     stages = figures["stages"]
     if not stages:
         return []
-    flat = {name: dict(_flatten(stage["recipe"])) for name, stage in stages.items()}
+    flat = {name: dict(flatten(stage["recipe"])) for name, stage in stages.items()}
     keys = [key for key in dict.fromkeys(k for values in flat.values() for k in values) if _shown(key)]
-    rows = [(f"`{key}`", *(_value(flat[name].get(key)) for name in stages)) for key in keys]
+    rows = [(f"`{key}`", *(plain(flat[name].get(key)) for name in stages)) for key in keys]
     rows += [
-        (f"runtime `{key}`", *(_value(stage["runtime"].get(key)) for stage in stages.values()))
+        (f"runtime `{key}`", *(plain(stage["runtime"].get(key)) for stage in stages.values()))
         for key in dict.fromkeys(k for stage in stages.values() for k in stage["runtime"])
     ]
-    text = "## Recipe\n\n" + _table(["", *(NAMES.get(name, name) for name in stages)], rows)
+    text = "## Recipe\n\n" + table(["", *(NAMES.get(name, name) for name in stages)], rows)
     if model := figures["model"]:
-        text += "\n\n### Model\n\n" + _table(["", ""], [(f"`{key}`", _value(value)) for key, value in model.items()])
+        text += "\n\n### Model\n\n" + table(["", ""], [(f"`{key}`", plain(value)) for key, value in model.items()])
     if sources := figures["settings"]["sources"]:
-        values = dict(_flatten(figures["settings"]["config"]))
-        rows = [(f"`{key}`", _value(values.get(key)), source) for key, source in sources.items()]
-        text += "\n\n### Settings that are not defaults\n\n" + _table(["Key", "Value", "Set by"], rows)
+        values = dict(flatten(figures["settings"]["config"]))
+        rows = [(f"`{key}`", plain(values.get(key)), source) for key, source in sources.items()]
+        text += "\n\n### Settings that are not defaults\n\n" + table(["Key", "Value", "Set by"], rows)
     return [text]
 
 
@@ -169,14 +168,14 @@ def _evaluation(figures: Figures) -> list[str]:
             if scored:
                 title = f"### `{suite}` of {NAMES.get(name, name).lower()}, step {evaluation['step']:,}"
                 parts.append(f"{title}\n\n{_pairs(scored) if suite == 'chat' else _singles(suite, scored)}")
-    note = "Scores are shares of right answers from 0 to 1; bits per byte are lower for better models. ± is one standard error."
+    note = "Scores are shares of right answers, 0 to 1; fewer bits per byte are better; ± is one standard error."
     return ["\n\n".join(["## Evaluation", note, *parts])] if parts else []
 
 
 def _singles(suite: str, tasks: Figures) -> str:
     unit = "Bits per byte" if suite == "bpb" else "Score"
-    rows = [(f"`{task}`", _score(result, 4), _value(result["n"])) for task, result in tasks.items()]
-    return _table(["Text" if suite == "bpb" else "Task", unit, "n"], rows, right="12")
+    rows = [(f"`{task}`", _score(result, 4), plain(result["n"])) for task, result in tasks.items()]
+    return table(["Text" if suite == "bpb" else "Task", unit, "n"], rows, right="12")
 
 
 def _pairs(tasks: Figures) -> str:
@@ -186,8 +185,8 @@ def _pairs(tasks: Figures) -> str:
         pair = [tasks.get(name + ending) for ending in (_TRAINED, _HELD_OUT)]
         if pair == [None, None]:
             pair = [None, tasks[name]]
-        rows.append((f"`{name}`", *(text for r in pair for text in (_score(r, 3), _value(r["n"] if r else None)))))
-    return _table(["Task", "Trained on", "n", "Held out", "n"], rows, right="1234")
+        rows.append((f"`{name}`", *(text for r in pair for text in (_score(r, 3), plain(r["n"] if r else None)))))
+    return table(["Task", "Trained on", "n", "Held out", "n"], rows, right="1234")
 
 
 def _samples(figures: Figures) -> list[str]:
@@ -205,16 +204,16 @@ def _notes(figures: Figures) -> list[str]:
     lines = []
     for name, stage in figures["stages"].items():
         if stage["attempts"] > 1:
-            steps = _and([f"{step:,}" for step in stage["resumed_from"]]) or "the beginning"
+            steps = listed([f"{step:,}" for step in stage["resumed_from"]]) or "the beginning"
             lines.append(f"- {name}: {stage['attempts']} attempts, resumed from step {steps}")
-        lines += [f"- {name}: {_cell(note)}" for note in dict.fromkeys(stage["notes"])]
-    lines += [f"- {_cell(note)}" for note in dict.fromkeys(figures["notes"])]
+        lines += [f"- {name}: {cell(note)}" for note in dict.fromkeys(stage["notes"])]
+    lines += [f"- {cell(note)}" for note in dict.fromkeys(figures["notes"])]
     return ["\n".join(["## Notes", "", *lines])] if lines else []
 
 
 def _environment(figures: Figures) -> list[str]:
-    rows = [(f"`{key}`", _value(value)) for key, value in _flatten(figures["environment"]) if key != "schema"]
-    return ["## Environment\n\n" + _table(["", ""], rows)] if rows else []
+    rows = [(f"`{key}`", plain(value)) for key, value in flatten(figures["environment"]) if key != "schema"]
+    return ["## Environment\n\n" + table(["", ""], rows)] if rows else []
 
 
 def _use(figures: Figures) -> list[str]:
@@ -230,28 +229,6 @@ def _use(figures: Figures) -> list[str]:
 
 
 # -- pieces of text ---------------------------------------------------------------------------------------------------
-
-
-def count(value: float | None) -> str:
-    """A large number for reading: 1.05 M, 245.8 k."""
-    if value is None:
-        return ABSENT
-    for divisor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= divisor:
-            return f"{value / divisor:.4g} {letter}"
-    return f"{value:,.0f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds for reading: 42 s, 3 min 05 s, 2 h 10 min."""
-    if seconds is None:
-        return ABSENT
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _progress(stage: Figures) -> str:
@@ -288,7 +265,7 @@ def _score(result: Figures | None, digits: int) -> str:
     if result is None:
         return ABSENT
     error = f" ± {result['stderr']:.{digits}f}" if result.get("stderr") is not None else ""
-    return f"{_number(result['score'], digits)}{error}"
+    return f"{decimal(result['score'], digits)}{error}"
 
 
 def _last_validation(stage: Figures) -> str:
@@ -296,7 +273,7 @@ def _last_validation(stage: Figures) -> str:
         return ABSENT
     last = stage["validation"][-1]
     error = f" ± {last['stderr']:.4f}" if last["stderr"] is not None else ""
-    return f"{_number(last['value'], 4)}{error} {UNITS.get(last['name'], last['name'])}"
+    return f"{decimal(last['value'], 4)}{error} {UNITS.get(last['name'], last['name'])}"
 
 
 def _rows(source: Figures, split: str) -> str:
@@ -306,51 +283,3 @@ def _rows(source: Figures, split: str) -> str:
 
 def _shown(key: str) -> bool:
     return key.split(".")[0] not in _RECIPE_ELSEWHERE
-
-
-def _flatten(values: Figures, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _value(value: Any) -> str:
-    if value is None or value == []:
-        return ABSENT
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if value >= 10_000 else str(value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
-        return ", ".join(_value(item) for item in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
-    return _short(value) if _HASH.match(str(value)) else str(value)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return ABSENT if value is None else f"{value:.{digits}f}"
-
-
-def _short(sha256: str | None) -> str:
-    return sha256[:12] if sha256 else ABSENT
-
-
-def _and(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else " and ".join([", ".join(names[:-1]), names[-1]]) if names else ""
-
-
-def _cell(text: str) -> str:
-    """Text that cannot leave its table cell or list line."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> str:
-    """A Markdown table; `right` names the columns of numbers by index."""
-    line = ["---:" if str(index) in right else "---" for index in range(len(head))]
-    body = [[_cell(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(head), line, *body])

@@ -9,7 +9,7 @@ SAMPLES: dict[str, tuple[str, ...]] = {
         "When a kettle boils, the water at the bottom turns to steam first; the bubbles rise, meet cooler water and "
         "collapse. That's the hissing you hear. Once all of the water is hot enough, they reach the top and it's quiet "
         "again, apart from the lid.\n",
-        "“You can't be serious,” she said. He wasn't, of course, but he'd have liked her to think so a little longer.\n",
+        "“You can't be serious,” she said. He wasn't, of course, but he'd have liked her to think so a while longer.\n",
     ),
     "code": (
         "def mean(values: list[float]) -> float:\n"

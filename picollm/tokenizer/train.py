@@ -10,10 +10,12 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from picollm.errors import ConfigError
 from picollm.tokenizer.special import SPECIALS, SPLIT_PATTERN
-from picollm.tokenizer.tokenizer import Tokenizer, cut_space_runs
+from picollm.tokenizer.tokenizer import Tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(SPECIALS)
 PROGRESS_EVERY_S = 0.1
+# The trainer's time is quadratic in the length of a word; a line of a million spaces would take it hours.
+PIECE_CHARS = 10_000
 
 
 def capped(texts: Iterable[str], *, max_chars: int, doc_chars: int) -> Iterator[str]:
@@ -74,7 +76,7 @@ def train(texts: Iterator[str], vocab_size: int, *, on_progress: Callable[[int],
             if stop.is_set():
                 return
             num_chars += len(text)
-            yield from cut_space_runs(text)
+            yield from (text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS))
 
     def work() -> None:
         try:

@@ -91,7 +91,8 @@ def _answer(out: Output, session: Session, trained: TrainedModel, text: str, tem
     reply = session.last
     assert reply is not None
     if session.dropped:
-        out.note(f"(the context is full: the oldest {session.dropped} turns were left out)", style="quiet")
+        turns = "turn was" if session.dropped == 1 else f"{session.dropped} turns were"
+        out.note(f"(the context is full: the oldest {turns} left out)", style="quiet")
     out.result(
         {
             "run": trained.stage.run.name,

@@ -53,9 +53,9 @@ def sha256(items: Any) -> str:
 @pytest.mark.parametrize(
     ("stream", "digest"),
     [
-        ("documents", "d1f7fa10ed5209538911b02fe7163b5e392a23e9f26d2755dd2ceb7ec1703400"),
-        ("validation_documents", "9257c485d0c62f9e61534cf05148d53e4cb5d3abf8c1f9d0d0579fefa05b5596"),
-        ("conversations", "0ed619fed75a57f0f84735c38ed1f1f491a5194dab409144505a9f6813db2654"),
+        ("documents", "cf356b713837b7f69e4157d32cd1f883a5ebaaf6573449e212a825b143d88110"),
+        ("validation_documents", "bd51dde41b01d6798b83fa7072cdcc4e6dada4950c77cde2a2a2a4c82f8d31e6"),
+        ("conversations", "be5cfb5eacf02ea6217ea7a0d77cc96e30455fd474f2b29485570e28abbc1aea"),
     ],
 )
 def test_the_first_200_items_are_pinned(stream: str, digest: str) -> None:

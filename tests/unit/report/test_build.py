@@ -42,11 +42,14 @@ def test_figures_of_a_finished_run(make_run: MakeRun) -> None:
 def test_page_of_a_finished_run(make_run: MakeRun) -> None:
     run = make_run()
     _, page = report_of(run)
-    assert page.startswith("# Run `demo`\n\nA model of 139.3 k parameters from preset `demo`: pretraining on `stories`")
-    assert "then fine-tuning on `talks` for 40 steps (5.12 k tokens)." in page
+    assert page.startswith("# Run `demo`\n\nA model of 139.3 k parameters from preset `demo`, pretrained on `stories`")
+    assert "then fine-tuned on `talks` for 40 steps (5.12 k tokens)." in page
     for heading in ("Summary", "Loss", "Data", "Recipe", "Evaluation", "Samples", "Environment", "Use it"):
         assert f"\n## {heading}\n" in page
-    assert "| `sum_held_out` | 0.950 | 0.0240 | 80 |" in page
+    assert "| `sum` | 1.000 ± 0.000 | 100 | 0.950 ± 0.024 | 80 |" in page
+    assert "| `stories` | 1.2345 ± 0.0100 | 60 |" in page
+    assert "| Chat, held out, sft | sum 0.95 ± 0.02 |" in page
+    assert "| Weights, sft | `sft/checkpoints/step_000040/model.safetensors`, sha256 " in page
     assert "| `train.steps` | 20 | --set |" in page
     assert "![Training loss and validation over tokens](plots/loss.png)" in page
     assert "````text" in page  # longer than the fence inside the sample
@@ -75,7 +78,7 @@ def test_unfinished_run_says_what_is_missing(make_run: MakeRun) -> None:
     run = make_run("half of pretrain")
     figures, page = report_of(run)
     assert figures["missing_stages"] == ["pretrain", "sft", "eval"]
-    assert figures["stages"]["pretrain"]["state"] == "running"
+    assert figures["stages"]["pretrain"]["state"] == "unfinished"
     assert figures["stages"]["pretrain"]["cpu_s"] == 7.5  # of the checkpoint: there is no record yet
     assert "**Not complete: `pretrain`, `sft` and `eval` have not finished.**" in page
     assert "7 of 20 steps" in page
@@ -129,6 +132,27 @@ def test_wall_time_is_summed_over_attempts(make_run: MakeRun) -> None:
     figures, _ = report_of(run)
     assert figures["stages"]["pretrain"]["wall_s"] == 40.0  # the night between does not count
     assert figures["stages"]["pretrain"]["started_at"] == "1970-01-01 00:01:40 UTC"
+
+
+def test_time_by_stage_and_notes_of_the_run(make_run: MakeRun) -> None:
+    """The run's own events: the time of each stage, both attempts of one, and what was changed on the way."""
+    run = make_run()
+    lines = [
+        {"stage": "tokenizer", "kind": "stage_start", "t": 10.0},
+        {"stage": "tokenizer", "kind": "stage_end", "t": 14.0},
+        {"stage": "sft", "kind": "stage_start", "t": 20.0},
+        {"stage": "sft", "kind": "stage_end", "t": 25.0, "ok": False},
+        {"stage": "run", "kind": "note", "t": 26.0, "text": "config changed"},
+        {"stage": "sft", "kind": "stage_start", "t": 30.0},
+        {"stage": "sft", "kind": "stage_end", "t": 90.0},
+        {"stage": "report", "kind": "stage_start", "t": 91.0},
+        {"stage": "report", "kind": "stage_end", "t": 92.0},
+    ]
+    run.events_path.write_text("".join(json.dumps({"v": 1, **line}) + "\n" for line in lines))
+    figures, page = report_of(run)
+    assert figures["wall_s"] == {"tokenizer": 4.0, "sft": 65.0}
+    assert "| Time by stage | tokenizer 4 s, sft 1 min 05 s |" in page
+    assert "- config changed\n" in page
 
 
 def test_dataset_changed_since(make_run: MakeRun) -> None:

@@ -10,7 +10,14 @@ from picollm.data.conversations import Conversation, Message, Part
 from picollm.tokenizer.chat_format import CHAT_TEMPLATE, render, render_prompt
 from picollm.tokenizer.tokenizer import Tokenizer
 
-USER_TEXTS = ("What is 7 plus 5?", "  spaces kept  ", "line one\n\nline two\n", "\n", "你好 👍🏽", "a{{b}}{%c%}'\"\\n")
+USER_TEXTS = (
+    "What is 7 plus 5?",
+    "  spaces kept  ",
+    "line one\n\nline two\n",
+    "\n.\n",
+    "你好 👍🏽",
+    "a{{b}}{%c%}'\"\\n",
+)
 CONVERSATIONS = [
     {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "ok\n"}]} for text in USER_TEXTS
 ] + [

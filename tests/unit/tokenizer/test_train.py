@@ -146,14 +146,21 @@ def test_ctrl_c_stops_while_texts_are_read():
 
     with pytest.raises(KeyboardInterrupt):
         train(endless(), 300)
-    after = given
-    assert not [thread for thread in threading.enumerate() if thread.name == "tokenizer-training"]
-    assert given == after
+    alive = [thread for thread in threading.enumerate() if thread.name == "tokenizer-training" and thread.is_alive()]
+    assert not alive
 
 
-def test_long_runs_of_white_space_are_no_trouble():
-    text = "a" + " " * 11_000_000 + "b"
+@pytest.mark.parametrize("character", [" ", "a", "="])
+def test_very_long_words_do_not_take_hours(character: str):
+    text = character * 300_000
     tokenizer = train(iter([text, "ab ab"]), 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.slow
+def test_runs_of_white_space_that_the_regex_engine_gives_up_on():
+    text = "a" + " " * 11_000_000 + "b"
+    tokenizer = train(iter(["a b a b"]), 300)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch(["x", text])[1] == ids

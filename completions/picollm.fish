@@ -1,0 +1,1 @@
+complete --command picollm --no-files --arguments "(env _PICOLLM_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) picollm)" --condition "env _PICOLLM_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) picollm"
