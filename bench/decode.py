@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import time
+from collections.abc import Iterator
 
 import torch
 
 from picollm.config.model import Architecture
-from picollm.data import toy_world
 from picollm.generate.engine import Engine
 from picollm.generate.sampler import Sampling
 from picollm.model.gpt import GPT
@@ -38,6 +39,14 @@ def architecture(shape: str, vocab_size: int) -> Architecture:
     )  # fmt: skip
 
 
+def random_words() -> Iterator[str]:
+    """Text with enough different words for any of the vocabularies."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(4000)]
+    for _ in range(3):
+        yield " ".join(words)
+
+
 def measure(engine: Engine, batch: int, sampling: Sampling) -> float:
     """Best tokens per CPU second of a few repeats, prefill included."""
     prompts = [[1 + (i * 7 + j) % 200 for j in range(PROMPT_TOKENS)] for i in range(batch)]
@@ -55,8 +64,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="demo")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tokenizer = train(toy_world.documents(2000, 0), SHAPES[arguments.shape]["vocab_size"])
-    # The speed depends on the vocabulary's size, so the model has the shape's even where the texts give fewer tokens.
+    tokenizer = train(random_words(), SHAPES[arguments.shape]["vocab_size"])
     model = GPT(architecture(arguments.shape, tokenizer.vocab_size)).eval().requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from picollm_cli.console import Output
-from picollm_cli.launch import Launch, launch_command
+from picollm_cli.launch_line import Launch, launch_command
 from picollm_cli.live import duration
 from picollm_cli.prepare import Prepared, plan_of
 

@@ -135,7 +135,8 @@ class StageView:
         """Redraw, or print the plain line, when it is time to."""
         now = time.monotonic()
         if self._live:
-            if self._dirty and now - self._drawn >= REDRAW_EVERY_S:
+            since = now - self._drawn
+            if since >= REDRAW_EVERY_S and (self._dirty or since >= 1.0):
                 self._draw()
         elif not self.out.as_json and now - self._drawn >= PLAIN_LINE_EVERY_S:
             self._drawn = now
@@ -156,6 +157,6 @@ class StageView:
         progress = self.progress
         grid = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=progress.total, completed=progress.step, width=30, pulse=not progress.total)
-        count = f"{progress.step}/{progress.total}" if progress.total else "starting"
+        count = f"{progress.step}/{progress.total}" if progress.total else duration(self._drawn - self._started)
         grid.add_row(self.title, bar, count, progress.figures())
         self._live.update(grid, refresh=True)

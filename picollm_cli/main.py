@@ -69,17 +69,12 @@ for _title, _commands in PANELS.items():
 COMMANDS = [name for commands in PANELS.values() for name in commands]
 
 
-def _report_bug(error: Exception) -> None:
-    """A short traceback on stderr and where to send it."""
-    out = Output()
-    out.note("".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES)).rstrip())
-    out.note("")
-    out.error(
-        PicollmError(
-            f"picollm {__version__} failed in a way it should not",
-            cause=f"{type(error).__name__}: {error}",
-            hint="this is a bug: please report the lines above with the output of `picollm doctor --json`",
-        )
+def _bug(error: Exception) -> PicollmError:
+    """What is not in the error tree is our mistake, and somebody should hear of it."""
+    return PicollmError(
+        f"picollm {__version__} failed in a way it should not",
+        cause=f"{type(error).__name__}: {error}",
+        hint="this is a bug: please report it with the traceback and the output of `picollm doctor --json`",
     )
 
 
@@ -112,9 +107,8 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        _report_bug(error)
-        if out.as_json:
-            out.result({"error": PicollmError(str(error), cause=type(error).__name__).to_dict()})
+        out.note("".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES)).rstrip())
+        out.error(_bug(error))
         return PicollmError.exit_code
 
 

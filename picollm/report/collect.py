@@ -99,7 +99,9 @@ def _training(stage: StageDir) -> Figures:
         "peak_mem_gib": max((event["mem_gib"] for event in computed if _finite(event.get("mem_gib"))), default=None),
         "attempts": attempts(stage.events_path),
         "resumed_from": [
-            event["resumed_from"] for event in everything if event["kind"] == "stage_start" and event["resumed_from"]
+            event["resumed_from"]
+            for event in everything
+            if event["kind"] == "stage_start" and event.get("resumed_from")
         ],
         "checkpoint": checkpoint,
         "recipe": recipe,

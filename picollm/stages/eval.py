@@ -136,7 +136,7 @@ def _write(worker: Worker, recipe: EvalRecipe, scores: Scores, records: Records)
         },
     )
     outputs = [results]
-    if records:
+    if recipe.suite != "bpb":
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         outputs.append(stage.path / "samples.jsonl")
         write_atomic(outputs[-1], lines)

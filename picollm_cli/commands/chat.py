@@ -37,8 +37,9 @@ def chat(
 ) -> None:
     """Chat with a trained model.
 
-    Without `-p` an interactive chat begins: replies stream, the conversation is remembered as far as the context
-    goes, `/help` lists its commands. A base model (stage `pretrain`) continues your text instead.
+    Without `-p` an interactive chat begins: replies stream, the conversation
+    is remembered as far as the context goes, `/help` lists its commands.
+    A base model (stage `pretrain`) continues your text instead.
 
     \b
     Examples:
@@ -196,6 +197,6 @@ class _Stream:
         sys.stdout.flush()
 
     def end(self) -> None:
-        if not self._silent:
+        if self._started:
             sys.stdout.write("\n")
             sys.stdout.flush()

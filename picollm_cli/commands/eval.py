@@ -28,8 +28,9 @@ def evaluate(
 ) -> None:
     """Score a trained model.
 
-    `bpb` is bits per byte of the validation text, `samples` shows what the model says, `chat` asks the toy world's
-    questions (a model that was fine-tuned on them; facts it was trained on and held-out ones apart). A suite that was
+    `bpb` is bits per byte of the validation text, `samples` shows what the
+    model says, `chat` asks a model that was fine-tuned on the toy world about
+    facts it was trained on and, apart, about held-out ones. A suite that was
     scored on this checkpoint before is not run again.
 
     \b
@@ -41,7 +42,8 @@ def evaluate(
     """
     from picollm.errors import ConfigError
     from picollm_cli.launch import run_stage
-    from picollm_cli.prepare import prepare_eval, require_trained, resolve_run, store_run, using_run
+    from picollm_cli.prepare import resolve_run, store_run, using_run
+    from picollm_cli.prepare_stage import prepare_eval, require_trained
 
     out = Output(as_json=json)
     prepared = resolve_run(run=run, preset=None, config=None, sets=set_ or (), create=False)
@@ -71,7 +73,7 @@ def evaluate(
 
 def suites_for(run: RunDir, stage: StageDir) -> list[str]:
     """Suites that apply to a trained stage: `chat` only after fine-tuning on the toy world."""
-    from picollm_cli.prepare import used_toy_world
+    from picollm_cli.prepare_stage import used_toy_world
 
     return ["bpb", "samples", *(["chat"] if stage.name != "pretrain" and used_toy_world(run) else [])]
 

@@ -27,8 +27,10 @@ def pretrain(
       picollm pretrain --run peps --set train.checkpoint_every=50
       picollm pretrain --run peps --launch nproc=2
     """
-    from picollm_cli.launch import parse_launch, run_stage
-    from picollm_cli.prepare import open_run, prepare_pretrain, resolve_run
+    from picollm_cli.launch import run_stage
+    from picollm_cli.launch_line import parse_launch
+    from picollm_cli.prepare import open_run, resolve_run
+    from picollm_cli.prepare_stage import prepare_pretrain
 
     out, how = Output(json), parse_launch(launch)
     if dry_run:

@@ -17,7 +17,8 @@ def sft(
 ) -> None:
     """Fine-tune a pretrained model on conversations, or continue where it stopped.
 
-    Without `[[sft.mix]]` in the config these are the toy world's. Ctrl-C saves and stops; the same command continues.
+    Without `[[sft.mix]]` in the config these are the toy world's.
+    Ctrl-C saves and stops; the same command continues.
 
     \b
     Examples:
@@ -25,8 +26,10 @@ def sft(
       picollm sft --run peps --set sft.steps=200 --set sft.lr_scale=0.5
       picollm sft --run peps --config mixture.toml
     """
-    from picollm_cli.launch import parse_launch, run_stage
-    from picollm_cli.prepare import open_run, prepare_sft, resolve_run, say_sft_sources
+    from picollm_cli.launch import run_stage
+    from picollm_cli.launch_line import parse_launch
+    from picollm_cli.prepare import open_run, resolve_run
+    from picollm_cli.prepare_stage import prepare_sft, say_sft_sources
 
     out, how = Output(json), parse_launch(launch)
     given = {"run": run, "preset": None, "config": config, "sets": sets, "create": False}

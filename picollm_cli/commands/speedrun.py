@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
 
@@ -14,7 +15,8 @@ from picollm.events import EventWriter
 from picollm.run_dir import StageDir, sha256_json
 from picollm_cli import options
 from picollm_cli.console import Output
-from picollm_cli.launch import Launch, parse_launch, run_stage
+from picollm_cli.launch import run_stage
+from picollm_cli.launch_line import Launch, parse_launch
 
 if TYPE_CHECKING:
     from picollm_cli.prepare import Prepared
@@ -92,24 +94,28 @@ def make_data(job: Job) -> Figures:
 def make_tokenizer(job: Job) -> Figures:
     from picollm.tokenizer.stage import train_stage
 
-    with job.out.progress("tokenizer", unit="characters") as update:
+    with ExitStack() as stack:
+        update: Callable[..., None] | None = None
 
         def on_progress(done: int, total: int) -> None:
-            job.begin()
+            nonlocal update
+            if update is None:
+                job.begin()
+                update = stack.enter_context(job.out.progress("tokenizer", unit="characters"))
             update(done, total)
 
         return train_stage(job.run, job.prepared.config, on_progress=on_progress)["result"]
 
 
 def make_pretrain(job: Job) -> Figures:
-    from picollm_cli.prepare import prepare_pretrain
+    from picollm_cli.prepare_stage import prepare_pretrain
 
     stage = prepare_pretrain(job.prepared, ranks=job.launch.ranks)
     return job.worker(stage, "picollm.stages.pretrain", launch=job.launch)
 
 
 def make_sft(job: Job) -> Figures:
-    from picollm_cli.prepare import prepare_sft, say_sft_sources
+    from picollm_cli.prepare_stage import prepare_sft, say_sft_sources
 
     stage = prepare_sft(job.prepared, ranks=job.launch.ranks)
     return job.worker(
@@ -119,7 +125,7 @@ def make_sft(job: Job) -> Figures:
 
 def make_eval(job: Job) -> Figures:
     """Score the furthest model: bits per byte and samples, and the chat tasks of the toy world where SFT saw it."""
-    from picollm_cli.prepare import prepare_eval, used_toy_world
+    from picollm_cli.prepare_stage import prepare_eval, used_toy_world
 
     trained = job.run.latest_trained_stage().name
     figures: Figures = {}
@@ -141,14 +147,15 @@ def make_report(job: Job) -> Figures:
 
 def make_manifest(job: Job) -> Figures:
     """List and hash everything. Begins without an event: the list holds the run's events too."""
-    from picollm.manifest import read_manifest, write_manifest
+    from picollm.manifest import list_files, read_manifest, write_manifest
 
-    if job.changed or not job.run.manifest_path.is_file():
-        job.begin(event=False)
-        manifest = write_manifest(job.run)
-    else:
+    if not job.changed and job.run.manifest_path.is_file():
         manifest = read_manifest(job.run)
-    return {"path": str(job.run.manifest_path), "files": len(manifest["files"])}
+        # `picollm eval` by hand may have added files since.
+        if [entry["path"] for entry in manifest["files"]] == list_files(job.run):
+            return {"path": str(job.run.manifest_path), "files": len(manifest["files"])}
+    job.begin(event=False)
+    return {"path": str(job.run.manifest_path), "files": len(write_manifest(job.run)["files"])}
 
 
 class Stage(NamedTuple):
@@ -196,8 +203,10 @@ def speedrun(
 ) -> None:
     """Run every stage, from text to a model you can talk to.
 
-    In order: data, tokenizer, pretrain, sft, eval, report, manifest. Stages that are done are skipped, so the same
-    command continues a run that was interrupted at any moment. Without a run and a preset it is the preset `demo`.
+    In order: data, tokenizer, pretrain, sft, eval, report, manifest.
+    Stages that are done are skipped, so the same command continues
+    a run that was interrupted at any moment.
+    Without a run and a preset it is the preset `demo`.
 
     \b
     Examples:

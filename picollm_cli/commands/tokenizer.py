@@ -47,10 +47,15 @@ def train(
     out = Output(json)
     with open_run(out, run=run, preset=preset, config=config, sets=sets) as prepared:
         target = prepared.run
-        before = target.stage("tokenizer").record()
+        skipped = True  # training always reports progress; a repair gives the same record, yet it was trained
         with out.progress("tokenizer", unit="characters") as update:
-            record = train_stage(target, prepared.config, on_progress=update)
-    skipped = record == before
+
+            def on_progress(done: int, total: int) -> None:
+                nonlocal skipped
+                skipped = False
+                update(done, total)
+
+            record = train_stage(target, prepared.config, on_progress=on_progress)
     result = record["result"]
     wanted = prepared.config.tokenizer.vocab_size
     if result["vocab_size"] < wanted:

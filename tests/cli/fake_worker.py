@@ -56,6 +56,7 @@ def make(stage: StageDir, recipe: dict[str, Any], steps: int) -> tuple[Path, dic
         return output, {"step": recipe["step"], **scores}
     temporary = begin(stage, steps)
     (temporary / "model.safetensors").write_text(json.dumps(recipe.get("init_from")))
+    (temporary / "meta.json").write_text(json.dumps({"schema": 1, "step": steps}))
     commit(stage, steps, temporary, keep_last=1)
     output = checkpoint_dir(stage, steps) / "model.safetensors"
     return output, {"step": steps, "loss": 0.5, "tokens": steps * recipe.get("batch_tokens", 1)}

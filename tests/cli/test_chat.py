@@ -89,6 +89,7 @@ def test_too_long_a_message(tiny_run: Path) -> None:
     result = chat("-p", "word " * 200)
     assert isinstance(result.exception, ConfigError)
     assert "96" in result.exception.cause
+    assert result.stdout == ""
     # In a conversation it is told, and the conversation goes on.
     going_on = chat("--json", stdin="word " * 200 + "\nHello\n")
     assert going_on.exception is None and len(going_on.stdout.splitlines()) == 1

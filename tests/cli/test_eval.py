@@ -68,7 +68,7 @@ def work() -> Iterator[Callable[[Path, str], StageDir]]:
 
     from picollm.stages.eval import main
     from picollm.worker import Worker
-    from picollm_cli.prepare import prepare_eval
+    from picollm_cli.prepare_stage import prepare_eval
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -20,7 +20,8 @@ from picollm.errors import ConfigError, HostError, Interrupted, WorkerError
 from picollm.run_dir import RunDir, StageDir, hold_lock, sha256_json, write_json
 from picollm_cli import launch
 from picollm_cli.console import Output
-from picollm_cli.launch import Launch, launch_command, parse_launch, run_stage
+from picollm_cli.launch import run_stage
+from picollm_cli.launch_line import Launch, launch_command, parse_launch
 
 HERE = Path(__file__).parent
 Make = Callable[..., StageDir]

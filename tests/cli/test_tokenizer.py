@@ -79,6 +79,9 @@ def test_errors_have_codes_and_say_what_to_do(notes: str, clean_environment: Pat
     assert b"hint: make it again" in torn.stderr
     assert json.loads(torn.stdout.splitlines()[-1])["error"]["type"] == "IntegrityError"
     assert path.read_bytes() == before
+    again = json.loads(train(notes).stdout.splitlines()[-1])
+    assert again["skipped"] is False
+    assert invoke("eval", "--run", "r").exit_code == 0
 
 
 def test_text_that_is_not_utf_8(notes: str):
