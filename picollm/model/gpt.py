@@ -41,6 +41,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
+        self.num_heads, self.num_kv_heads = arch.num_attention_heads, arch.num_key_value_heads
         self.head_dim = arch.head_dim
         self.eps = arch.rms_norm_eps
         # Both QK scales in one factor: multiplying q and k by s is multiplying the scores by s^2.
@@ -55,11 +56,12 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B T C"], rotary: Float[Tensor, "2 ..."], backend: str, cached: Cached | None
     ) -> Float[Tensor, "B T C"]:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        q = rms_norm(apply_rotary(q, rotary), self.eps)
-        k = rms_norm(apply_rotary(k, rotary), self.eps)
+        # One product for all three: narrow matrices waste a matrix unit. The weights stay apart for Muon and exports.
+        packed = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).to(x.dtype)
+        qkv = F.linear(x, packed).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
+        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        qk = rms_norm(apply_rotary(qk, rotary), self.eps)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
         positions = None
         if cached is not None:
             k, v = cached.update(k, v)

@@ -17,7 +17,7 @@ def sft(
 ) -> None:
     """Fine-tune a pretrained model on conversations, or continue where it stopped.
 
-    Without `[[sft.mix]]` in the config these are the toy world's.
+    Without `sft.mix` in the config these are the toy world's.
     Ctrl-C saves and stops; the same command continues.
 
     \b

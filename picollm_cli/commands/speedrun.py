@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
@@ -139,7 +139,7 @@ def make_report(job: Job) -> Figures:
     from picollm.report.build import write_report
 
     path = job.run.path / "report.md"
-    if job.changed or not path.is_file():
+    if job.changed or not _is_newest(path, job.run.path.rglob("STAGE.json")):
         job.begin()
         path = write_report(job.run)
     return {"path": str(path)}
@@ -149,13 +149,18 @@ def make_manifest(job: Job) -> Figures:
     """List and hash everything. Begins without an event: the list holds the run's events too."""
     from picollm.manifest import list_files, read_manifest, write_manifest
 
-    if not job.changed and job.run.manifest_path.is_file():
+    path, names = job.run.manifest_path, list_files(job.run)
+    if not job.changed and _is_newest(path, [job.run.path / name for name in names]):
         manifest = read_manifest(job.run)
-        # `picollm eval` by hand may have added files since.
-        if [entry["path"] for entry in manifest["files"]] == list_files(job.run):
-            return {"path": str(job.run.manifest_path), "files": len(manifest["files"])}
+        if [entry["path"] for entry in manifest["files"]] == names:
+            return {"path": str(path), "files": len(names)}
     job.begin(event=False)
-    return {"path": str(job.run.manifest_path), "files": len(write_manifest(job.run)["files"])}
+    return {"path": str(path), "files": len(write_manifest(job.run)["files"])}
+
+
+def _is_newest(path: Path, others: Iterable[Path]) -> bool:
+    """Whether a summary was written after everything it sums up, also when a crash came in between."""
+    return path.is_file() and all(other.stat().st_mtime_ns <= path.stat().st_mtime_ns for other in others)
 
 
 class Stage(NamedTuple):

@@ -90,6 +90,17 @@ def test_all_stages_then_nothing_left_to_do(base: Path, arguments: list[str]) ->
     assert tree(run.path) == before
 
 
+def test_report_and_manifest_follow_what_changed_since(base: Path, arguments: list[str]) -> None:
+    invoke(*arguments)
+    run = RunDir(base / "runs" / "demo")
+    os.utime(run.stage("sft").record_path)
+    made = states(invoke("speedrun", "--run", "demo", "--json"))
+    assert [name for name, state in made.items() if state == "made"] == ["report", "manifest"]
+    (run.path / "eval" / "extra.json").write_text("{}")
+    made = states(invoke("speedrun", "--run", "demo", "--json"))
+    assert [name for name, state in made.items() if state == "made"] == ["manifest"]
+
+
 def test_human_output_names_the_next_command(base: Path, arguments: list[str]) -> None:
     result = invoke(*arguments)
     assert "run `demo` is finished" in result.stdout
