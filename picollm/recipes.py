@@ -23,8 +23,8 @@ from picollm.scaling import (
     sft_schedule,
 )
 
-# Rows this short spend their time in SDPA's bf16 backward on CPU: 77 against 23 CPU-ms at T 128 (MEASURED 3).
-MATMUL_ATTENTION_MAX_T = 256
+# Up to here scores in memory beat SDPA forward and backward on a CPU, in bfloat16 by half (bench/choices.py).
+MATMUL_ATTENTION_MAX_T = 512
 # More tokens per forward pass gain nothing on a CPU and cost memory.
 CPU_MICRO_BATCH_TOKENS = 8192
 # Shares of memory that training may plan for: other programs need some, and estimates err.
@@ -147,8 +147,8 @@ def choose_attention(device: str, dtype: str, row: int, requested: str = "auto")
     """
     if requested != "auto":
         return requested, "`model.attention` asks for it"
-    if device == "cpu" and dtype == "bfloat16" and row <= MATMUL_ATTENTION_MAX_T:
-        return "matmul", f"on CPUs SDPA's bfloat16 backward is slow at {row} tokens a row"
+    if device == "cpu" and row <= MATMUL_ATTENTION_MAX_T:
+        return "matmul", f"on a CPU SDPA's backward is slower at {row} tokens a row"
     return "sdpa", f"the fastest kernel for {dtype} at {row} tokens a row on this device"
 
 

@@ -204,8 +204,8 @@ def test_forced_dtype_gives_the_same_recipe_everywhere():
     ("device", "dtype", "row", "requested", "name"),
     [
         ("cpu", "bfloat16", 256, "auto", "matmul"),
-        ("cpu", "bfloat16", 257, "auto", "sdpa"),
-        ("cpu", "float32", 128, "auto", "sdpa"),
+        ("cpu", "bfloat16", 513, "auto", "sdpa"),
+        ("cpu", "float32", 128, "auto", "matmul"),
         ("cuda", "bfloat16", 128, "auto", "sdpa"),
         ("cpu", "float32", 2048, "matmul", "matmul"),
     ],

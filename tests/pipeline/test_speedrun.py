@@ -1,0 +1,146 @@
+"""The whole pipeline on a tiny run: end to end, again, interrupted in every way, and on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from picollm.events import read_all, read_events
+from picollm.run_dir import StageDir
+from picollm.train.checkpoint_files import checkpoint_dir, finished_steps
+
+
+def processes_of(base: Path) -> list[int]:
+    """Live picollm processes that have the base directory on their command line."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if "picollm" in line and str(base) in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.info["pid"])
+    return found
+
+
+def steps_done(stage: StageDir) -> int:
+    return max((event["step"] for event in read_all(stage.events_path) if event["kind"] == "step"), default=0)
+
+
+def resumes(stage: StageDir) -> list[int]:
+    return [e["resumed_from"] for e in read_all(stage.events_path) if e["kind"] == "stage_start"]
+
+
+def test_every_stage_leaves_what_it_promises(reference) -> None:
+    run = reference.run_dir("r")
+    for name in ("tokenizer", "pretrain", "sft"):
+        assert run.stage(name).record() is not None
+    for name in ("report.md", "report.json", "manifest.json", "eval/sft-bpb/results.json"):
+        assert (run.path / name).is_file()
+    assert finished_steps(run.stage("pretrain")) == [55, 60]
+    losses = [event["loss"] for event in read_events(run.stage("pretrain").events_path) if event["kind"] == "step"]
+    assert len(losses) == 60 and losses[-1] < losses[0] - 1
+    # The chat tasks are the toy world's; this run was tuned on other conversations.
+    assert not (run.path / "eval/sft-chat").exists()
+    assert reference.ok("manifest", "verify", "--run", "r").returncode == 0
+    reply = reference.ok("chat", "--run", "r", "-p", "Say cat")
+    assert reply.stdout.strip()
+
+
+def test_a_finished_run_is_left_as_it_is(reference) -> None:
+    before = {p: p.stat().st_mtime_ns for p in reference.run_dir("r").path.rglob("*.safetensors")}
+    again = reference.ok(*reference.speedrun("r"))
+    assert again.stderr.count("already done") == 7
+    assert before == {p: p.stat().st_mtime_ns for p in reference.run_dir("r").path.rglob("*.safetensors")}
+
+
+def test_killed_workers_and_commands_end_at_the_same_weights(lab, reference, wait_for) -> None:
+    """kill -9 of the worker in pretraining, of the command in pretraining and in SFT; then the same command again."""
+    run = lab.run_dir("r")
+    pretrain, sft = run.stage("pretrain"), run.stage("sft")
+    command = lab.speedrun("r")
+
+    first = lab.start(*command)
+    wait_for(lambda: steps_done(pretrain) >= 12, "12 steps of pretraining")
+    os.kill(int(pretrain.pid_path.read_text().split()[0]), signal.SIGKILL)
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 7, error
+    assert "SIGKILL" in error
+
+    second = lab.start(*command)
+    wait_for(lambda: steps_done(pretrain) >= 25 and len(resumes(pretrain)) == 2, "a resumed pretraining")
+    second.kill()
+    second.communicate()
+    third = lab.start(*command)  # at once: it waits until the orphan has saved
+    wait_for(lambda: steps_done(sft) >= 12, "12 steps of SFT")
+    third.kill()
+    third.communicate()
+    wait_for(lambda: not processes_of(lab.base), "orphans to end", 30)
+
+    lab.ok(*command)
+    assert any(start > 0 for start in resumes(pretrain)) and any(start > 0 for start in resumes(sft))
+    for stage in ("pretrain", "sft"):
+        assert lab.weights("r", stage) == reference.weights("r", stage)
+    assert not processes_of(lab.base)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_first(lab, reference, wait_for, number: signal.Signals) -> None:
+    pretrain = lab.run_dir("r").stage("pretrain")
+    command = lab.start(*lab.speedrun("r", "--set", "train.checkpoint_every=1000"))
+    wait_for(lambda: steps_done(pretrain) >= 7, "7 steps")
+    command.send_signal(number)
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 130, error
+    saved = finished_steps(pretrain)
+    assert len(saved) == 1 and saved[0] >= 7
+    assert f"state saved at step {saved[0]}" in error
+    lab.ok(*lab.speedrun("r"))
+    assert resumes(pretrain) == [0, saved[0]]
+    assert lab.weights("r", "pretrain") == reference.weights("r", "pretrain")
+
+
+def test_two_ranks_follow_one(lab) -> None:
+    """Gradients are really shared: float64, 50 steps, 1e-8; and the two ranks' rows are the one rank's."""
+    sets = ("--set", "train.dtype=float64", "--set", "train.steps=50")
+    lab.ok(*lab.speedrun("one", *sets, "--skip", "sft", "--skip", "eval"))
+    lab.ok(*lab.speedrun("two", *sets, "--skip", "sft", "--skip", "eval", "--launch", "nproc=2"))
+    weights, losses = {}, {}
+    for name in ("one", "two"):
+        stage = lab.run_dir(name).stage("pretrain")
+        weights[name] = load_file(checkpoint_dir(stage, 50) / "model.safetensors")
+        losses[name] = [event["loss"] for event in read_events(stage.events_path) if event["kind"] == "step"]
+    assert json.loads((lab.run_dir("two").stage("pretrain").config_path).read_text())["runtime"]["ranks"] == 2
+    for name, tensor in weights["one"].items():
+        torch.testing.assert_close(weights["two"][name], tensor, rtol=0, atol=1e-8)
+    assert max(abs(a - b) for a, b in zip(losses["one"], losses["two"], strict=True)) <= 1e-6
+    assert not processes_of(lab.base)
+
+
+def test_a_damaged_newest_checkpoint_costs_a_few_steps_only(lab, reference, wait_for) -> None:
+    pretrain = lab.run_dir("r").stage("pretrain")
+    command = lab.start(*lab.speedrun("r"))
+    wait_for(lambda: len(finished_steps(pretrain)) >= 2, "two checkpoints")
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=60)
+    *_, before, newest = finished_steps(pretrain)
+    weights = checkpoint_dir(pretrain, newest) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = lab.ok(*lab.speedrun("r"))
+    assert f"step {newest} is damaged" in done.stderr
+    assert resumes(pretrain)[-1] == before
+    assert lab.weights("r", "sft") == reference.weights("r", "sft")
+
+
+def test_a_second_command_on_the_same_run_is_refused(lab, wait_for) -> None:
+    command = lab.start(*lab.speedrun("r"))
+    wait_for(lambda: steps_done(lab.run_dir("r").stage("pretrain")) >= 1, "a step")
+    second = lab.run(*lab.speedrun("r"))
+    assert second.returncode == 3
+    assert f"process {command.pid} holds" in second.stderr
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=60)
