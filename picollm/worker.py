@@ -145,7 +145,7 @@ def _keep_freed_memory() -> None:
     """Let glibc keep large buffers instead of returning them to the kernel after every operation.
 
     A training step allocates and frees the same megabytes again and again; without this up to a sixth of its time
-    goes into page faults (bench/allocator.py). Elsewhere than on glibc nothing happens.
+    goes into page faults (bench/choices.py). Elsewhere than on glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

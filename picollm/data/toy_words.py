@@ -1,5 +1,4 @@
 """The words and phrasings that the toy world is made of; lists only, `toy_facts.py` and `toy_world.py` use them."""
-# ruff: noqa: SIM905 (a list of words is easier to read and to extend as text)
 
 from __future__ import annotations
 

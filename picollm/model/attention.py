@@ -27,7 +27,7 @@ def causal_attention(
     Args:
         scale: factor on the scores before the softmax.
         backend: `matmul` (scores in memory; fastest on CPU in bf16 at short T, where the backward pass of the
-            library kernel is slow: bench/attention.py) or `sdpa`.
+            library kernel is slow: bench/choices.py) or `sdpa`.
         positions: index of each query among the S keys, for decoding from a cache; None means S = T, query i at i.
     """
     groups = q.size(2) // k.size(2)

@@ -11,7 +11,7 @@ LOGITS_PER_CHUNK = 1 << 22
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Backward from the output alone: a fifth of the library's CPU time for norm and gradient (bench/functional.py)."""
+    """Backward from the output alone: a fifth of the library's CPU time for norm and gradient (bench/choices.py)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float) -> Tensor:

@@ -101,7 +101,9 @@ class Cached:
         self.cache, self.positions, self.rows, self.length = cache, positions, rows, length
         self.layer = 0
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, k: Float[Tensor, "B T K D"], v: Float[Tensor, "B T K D"]
+    ) -> tuple[Float[Tensor, "B S K D"], Float[Tensor, "B S K D"]]:
         return self.cache.update(self.layer, k, v, self.positions, self.rows, self.length)
 
 
@@ -200,15 +202,15 @@ class GPT(nn.Module):
         rows: Int[Tensor, " B"] | None = None,
         length: int | None = None,
         last: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B T V"]:
-        """Logits over the vocabulary, at least float32.
+    ) -> Float[Tensor, "B S V"]:
+        """Logits over the vocabulary, at least float32, of all T tokens (S = T) or of one in each row (S = 1).
 
         Args:
             cache: keys and values of earlier tokens; the new ones are written to it.
             positions: position of each token in its row; required with a cache.
             rows: cache row of each batch row; None means all rows in order.
             length: keys to attend to, at least max(positions) + 1; found from `positions` when None.
-            last: index of the one token per row whose logits are wanted; T is 1 in the result.
+            last: index of the one token per row whose logits are wanted; None wants all.
         """
         x = self.hidden(ids, cache=cache, positions=positions, rows=rows, length=length)
         if last is not None:

@@ -124,6 +124,27 @@ def reference(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab
     return lab
 
 
+@pytest.fixture(scope="session")
+def make_lab() -> type[Lab]:
+    return Lab
+
+
+@pytest.fixture
+def processes_of() -> Callable[[Path], list[int]]:
+    """Live picollm processes that have a base directory on their command line."""
+    import psutil
+
+    def find(base: Path) -> list[int]:
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline", "status"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if "picollm" in line and str(base) in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.info["pid"])
+        return found
+
+    return find
+
+
 @pytest.fixture
 def wait_for() -> Callable[..., None]:
     """Poll until a condition holds; the test fails after a minute, whatever the machine's speed."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,16 +13,6 @@ from safetensors.torch import load_file
 from picollm.events import read_all, read_events
 from picollm.run_dir import StageDir
 from picollm.train.checkpoint_files import checkpoint_dir, finished_steps
-
-
-def processes_of(base: Path) -> list[int]:
-    """Live picollm processes that have the base directory on their command line."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "picollm" in line and str(base) in line and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process.info["pid"])
-    return found
 
 
 def steps_done(stage: StageDir) -> int:
@@ -58,7 +46,7 @@ def test_a_finished_run_is_left_as_it_is(reference) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in reference.run_dir("r").path.rglob("*.safetensors")}
 
 
-def test_killed_workers_and_commands_end_at_the_same_weights(lab, reference, wait_for) -> None:
+def test_killed_workers_and_commands_end_at_the_same_weights(lab, reference, wait_for, processes_of) -> None:
     """kill -9 of the worker in pretraining, of the command in pretraining and in SFT; then the same command again."""
     run = lab.run_dir("r")
     pretrain, sft = run.stage("pretrain"), run.stage("sft")
@@ -104,7 +92,7 @@ def test_ctrl_c_and_sigterm_save_first(lab, reference, wait_for, number: signal.
     assert lab.weights("r", "pretrain") == reference.weights("r", "pretrain")
 
 
-def test_two_ranks_follow_one(lab) -> None:
+def test_two_ranks_follow_one(lab, processes_of) -> None:
     """Gradients are really shared: float64, 50 steps, 1e-8; and the two ranks' rows are the one rank's."""
     sets = ("--set", "train.dtype=float64", "--set", "train.steps=50")
     lab.ok(*lab.speedrun("one", *sets, "--skip", "sft", "--skip", "eval"))
