@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from picollm.model.attention import causal_attention
 from picollm.model.functional import apply_rotary, linear_cross_entropy, relu_squared, rms_norm, rotary_table
+from picollm.worker import keep_freed_memory
 
 ROWS, T, HEADS, HEAD_DIM, HIDDEN, VOCAB = 8, 512, 4, 64, 256, 8192
 
@@ -63,7 +64,7 @@ def allocator() -> dict[str, float]:
     """Whole training-like steps in fresh processes with and without `picollm.worker`'s mallopt."""
     code = (
         "import time, torch; torch.set_num_threads(1)\n"
-        "if {keep}:\n from picollm.worker import _keep_freed_memory; _keep_freed_memory()\n"
+        "if {keep}:\n from picollm.worker import keep_freed_memory; keep_freed_memory()\n"
         "x = torch.randn(4096, 256, requires_grad=True); w = torch.randn(1024, 256, requires_grad=True)\n"
         "def run():\n for _ in range(20): (x @ w.T).relu().square().sum().backward()\n"
         "run(); start = time.process_time(); run(); print(1000 * (time.process_time() - start))"
@@ -80,6 +81,7 @@ def allocator() -> dict[str, float]:
 
 
 def main() -> None:
+    keep_freed_memory()  # as in a worker
     torch.set_num_threads(1)
     torch.manual_seed(0)
     result: dict[str, object] = {"torch": torch.__version__, "allocator": allocator()}

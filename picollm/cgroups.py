@@ -15,6 +15,8 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class MemoryLimit:
+    """What processes of a group may use together, and what of it is left now."""
+
     limit_bytes: int
     available_bytes: int
 

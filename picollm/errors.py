@@ -90,3 +90,9 @@ def nearest(name: str, known: list[str]) -> str | None:
     from difflib import get_close_matches
 
     return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with text of a library's message, without its full stop; its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line.rstrip(".") for line in lines if line), type(error).__name__)

@@ -22,12 +22,16 @@ LOGITS_PER_CHUNK = 1 << 22
 ALLOCATOR_FACTOR = {"cpu": 1.25, "cuda": 1.1}
 # Share of peak that a compiled GPU step reaches; GPU.md 1.3 expects 0.53 to 0.60 and no chip was measured yet.
 GPU_UTILISATION = 0.5
-# A process start: interpreter, torch, reading the data set.
-STARTUP_TIME_S = 4.0
+# CPU-seconds of one Zen 4 thread, measured in 2026-11: an evaluation's process (interpreter, torch, weights) and
+# everything of a training stage that is not a step (start, tokenizing, first checkpoint, validation at the end).
+EVAL_START_TIME_S = 1.5
+TRAIN_START_TIME_S = 3.0
 REPORT_TIME_S = 3.0
+# What a CPU needs beside the matrix products, per token, layer and channel: norms, rotation, copies, optimizer.
+CPU_TIME_PER_CHANNEL_S = 0.075e-6
 TOKENIZER_CHARS_PER_S = 2.5e6
 TOY_WORLD_CHARS = 2_000_000
-TOY_WORLD_CHAT_TOKENS = 700_000
+TOY_WORLD_CHAT_TOKENS = 400_000
 CHARS_PER_TOKEN = 4.0
 # Parquet with zstd stores text in about two fifths of its characters (ClimbMix: 250 M characters in 100 MB).
 STORED_BYTES_PER_CHAR = 0.4
@@ -100,21 +104,27 @@ def training_memory(arch: Architecture, dtype: str, device_batch_size: int, devi
     )
 
 
-def training_speed(machine: Machine, dtype: str, threads: int, ranks: int = 1) -> float:
-    """Useful FLOP/s of all ranks together: the GPU's peak times a usual utilisation, or the CPU table's rate."""
+def training_speed(arch: Architecture, machine: Machine, dtype: str, threads: int, ranks: int = 1) -> float:
+    """Tokens a second of a training step, all ranks together.
+
+    A GPU reaches a usual share of its peak. A CPU takes its matrix rate plus a time per channel that small shapes feel
+    most: on one Zen 4 thread 13,100 tokens/s for `demo` and 3,300 for `cpu-small` in bfloat16 (measured 13,900 and
+    3,680), 1,620 for `cpu-small` in float32 (measured 1,757).
+    """
     if machine.gpus:
         spec = hardware.gpu_spec(machine.gpus[0].name)
         # An unknown chip is planned as a middling one.
         peak = spec.peak_flops(dtype) if spec else 100e12
-        return GPU_UTILISATION * peak * ranks
+        return GPU_UTILISATION * peak * ranks / flops_per_token(arch)
     # Threads beyond the cores add nothing.
-    busy = min(threads * ranks, machine.physical_cores)
-    return hardware.cpu_matmul_flops(machine, dtype) * max(1, busy)
+    busy = max(1, min(threads * ranks, machine.physical_cores))
+    products_s = flops_per_token(arch) / hardware.cpu_matmul_flops(machine, dtype)
+    return busy / (products_s + CPU_TIME_PER_CHANNEL_S * arch.num_hidden_layers * arch.hidden_size)
 
 
-def training_time(arch: Architecture, tokens: int, speed: float) -> float:
-    """Seconds of a training stage, start included."""
-    return STARTUP_TIME_S + tokens * flops_per_token(arch) / speed
+def training_time(tokens: int, speed: float) -> float:
+    """Seconds of a training stage, start included; `speed` in tokens a second."""
+    return TRAIN_START_TIME_S + tokens / speed
 
 
 def tokenizer_time(chars: int) -> float:
@@ -122,16 +132,15 @@ def tokenizer_time(chars: int) -> float:
     return 1.0 + chars / TOKENIZER_CHARS_PER_S
 
 
-def eval_time(arch: Architecture, config: RunConfig, chars: int, speed: float) -> float:
-    """Seconds of bits per byte on two models, samples, and twelve chat tasks.
+def eval_time(config: RunConfig, chars: int, speed: float) -> float:
+    """Seconds of bits per byte, samples, and twelve chat tasks on one model; `speed` is training's, in tokens a second.
 
-    A forward pass is a third of a training step. Decoding a batch of answers costs as much as a pass over its tokens
-    at a tenth of the training speed: it works on one position a time.
+    A forward pass is a third of a training step. Decoding a token of a batch of answers was measured to cost as much
+    as training on it: it works on one position a time, in float32.
     """
     validation = min(chars / CHARS_PER_TOKEN * 0.05, float(config.eval.bpb_tokens or 10_000_000))
     answers = 12 * config.eval.questions * config.eval.max_new_tokens / 2
-    forward = flops_per_token(arch) / 3
-    return 4 * STARTUP_TIME_S + (2 * validation + 10 * answers) * forward / speed
+    return 3 * EVAL_START_TIME_S + (validation / 3 + answers) / speed
 
 
 def disk(params: Params, keep_last: int) -> int:

@@ -42,6 +42,7 @@ class EventWriter:
                         self._file.write(b"\n")
 
     def write(self, kind: str, **fields: Any) -> None:
+        """Append one event and hand it to the system, so that the parent sees it at once."""
         event = {"v": VERSION, "t": round(time.time(), 3), "stage": self.stage, "kind": kind, **fields}
         # A non-finite number is not JSON; null keeps the line readable everywhere.
         event = {key: None if value != value or value in (_INF, -_INF) else value for key, value in event.items()}
@@ -89,12 +90,13 @@ def read_events(path: Path) -> list[Event]:
 class EventFollower:
     """Reads what was appended to a file since the last call; the parent polls it ten times a second."""
 
-    def __init__(self, path: Path, *, from_end: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._offset = path.stat().st_size if from_end and path.is_file() else 0
+        self._offset = path.stat().st_size if path.is_file() else 0
         self._rest = b""
 
     def poll(self) -> Iterator[Event]:
+        """The events whose lines were finished since the last call."""
         if not self.path.is_file():
             return
         with open(self.path, "rb") as file:

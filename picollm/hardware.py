@@ -1,7 +1,7 @@
 """What this machine is: CPU, cores, memory, GPUs, disks, and what its chips can do at best.
 
-Facts come from `/proc/cpuinfo`, psutil, cgroups and NVML, never from torch, so asking is cheap. Whether torch can use
-them is another question; `picollm.stages.probe` answers it.
+Facts come from `/proc/cpuinfo`, psutil, cgroups and NVML; torch is never imported, so asking is cheap. Whether torch
+can really use a GPU is another question; `picollm.stages.probe` answers it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from picollm.cgroups import container_cpus, container_memory
@@ -39,7 +40,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process started here may use: cores after affinity and quota, memory after the container's limit."""
+    """What a process started here may use: cores after affinity and quota, memory after the container's limit.
+
+    `gpus` is empty where torch is a CPU build, whatever the driver says; `detect_gpus` still finds them.
+    """
 
     system: str
     cpu_name: str
@@ -76,7 +80,7 @@ def detect() -> Machine:
         logical_cores=logical,
         memory_bytes=total,
         available_bytes=available,
-        gpus=detect_gpus(),
+        gpus=detect_gpus() if torch_drives_gpus() else (),
     )
 
 
@@ -156,6 +160,19 @@ def detect_gpus() -> tuple[Gpu, ...]:
             pynvml.nvmlShutdown()
 
 
+def torch_drives_gpus() -> bool:
+    """False when the installed torch is a CPU build; asks its `version.py`, because importing torch takes seconds.
+
+    The version's ending does not tell: wheels of the package index carry none, with CUDA or without.
+    """
+    try:
+        path = metadata.distribution("torch").locate_file("torch/version.py")
+        found = re.search(r"^cuda\b[^=\n]*=\s*(\S+)", Path(str(path)).read_text(encoding="utf-8"), re.MULTILINE)
+    except (metadata.PackageNotFoundError, OSError, UnicodeDecodeError):
+        return True  # not known; the checks of torch itself say what is wrong
+    return found is None or found[1] != "None"
+
+
 def _visible(nvml: object) -> Iterator[object]:
     """NVML handles in torch's order. CUDA stops at the first entry of the variable that it does not know."""
     count = nvml.nvmlDeviceGetCount()
@@ -190,19 +207,14 @@ def _text(value: str | bytes) -> str:
 # -- decisions --------------------------------------------------------------------------------------------------------
 
 
-def compute_dtype(machine: Machine, requested: str = "auto") -> tuple[str, str]:
+def compute_dtype(machine: Machine) -> tuple[str, str]:
     """The type of forward and backward pass and why, from what the chip is and never from a timing.
 
     A timing would differ from start to start, and the type is part of a run's recipe.
 
-    Args:
-        requested: `train.dtype`; anything but `auto` is taken as it is.
-
     Returns:
-        ("bfloat16" | "float32" | …, reason for a human)
+        ("bfloat16" | "float32", reason for a human)
     """
-    if requested != "auto":
-        return requested, f"`train.dtype` asks for it; this machine's own choice is {compute_dtype(machine)[0]}"
     if machine.gpus:
         major, minor = capability = min(gpu.capability for gpu in machine.gpus)
         if capability >= BF16_CAPABILITY:
@@ -306,21 +318,21 @@ def gpu_spec(name: str) -> GpuSpec | None:
 
 
 def cpu_matmul_flops(machine: Machine, dtype: str) -> float:
-    """Useful FLOP/s of one thread in a training step, to the low side; plans use it where nothing was measured.
+    """FLOP/s of one thread in the matrix products of a training step; plans use it where nothing was measured.
 
-    "Useful" counts six operations per matrix weight and token plus attention, so norms, copies and small shapes have
-    already been paid for. Measured on small GPTs, forward and backward on one thread, torch 2.13, 2026-11: Sapphire
-    Rapids (AMX) about 100 GFLOP/s in bfloat16 and 70 in float32; Zen 4 75 to 94 and 52 to 60, where a bare matrix
-    product reaches 210 and 85. The rows for AVX2 and everything else are guesses.
+    Counts six operations per matrix weight and token plus attention; what comes beside the products is
+    `estimate.CPU_TIME_PER_CHANNEL_S`. Zen 4 fitted on steps of `demo` and `cpu-small`, one thread, torch 2.13, 2026-11,
+    where a bare product of large matrices reaches 200 GFLOP/s in bfloat16 and 89 in float32. AMX is taken to be no
+    slower; the rows for AVX2 and everything else are guesses to the low side.
 
     Raises:
         KeyError: a dtype that no plan has.
     """
     flags = machine.cpu_flags
     if "amx_bf16" in flags:
-        bf16, fp32 = 100e9, 70e9
+        bf16, fp32 = 165e9, 70e9
     elif "avx512f" in flags:
-        bf16, fp32 = (75e9 if "avx512_bf16" in flags else 25e9), 52e9
+        bf16, fp32 = (165e9 if "avx512_bf16" in flags else 25e9), 70e9
     elif "avx2" in flags:
         bf16, fp32 = 15e9, 30e9
     else:

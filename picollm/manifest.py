@@ -20,6 +20,8 @@ from picollm.run_dir import SCHEMA, RunDir, check_schema, read_json, sha256_file
 
 Progress = Callable[[int, int], None]
 
+SHOWN_PROBLEMS = 10
+
 # Who is at work right now, not what was made.
 _TRANSIENT_FILES = frozenset({"lock", "lock.owner", "pid", "launcher", "STOP"})
 _SKIPPED_FOLDERS = frozenset({"log", "old"})
@@ -152,11 +154,11 @@ def verify_manifest(run: RunDir, *, on_progress: Progress | None = None) -> list
     return sorted(problems, key=lambda problem: (problem.path, problem.kind))
 
 
-def describe(problems: list[Problem], limit: int = 10) -> str:
+def describe(problems: list[Problem]) -> str:
     """The problems for an error's cause: one a line, the first few, then how many more."""
-    lines = [str(problem) for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"and {len(problems) - limit} more")
+    lines = [str(problem) for problem in problems[:SHOWN_PROBLEMS]]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"and {len(problems) - SHOWN_PROBLEMS} more")
     return "\n         ".join(lines)
 
 

@@ -16,6 +16,7 @@ from picollm.config.schema import RunConfig
 from picollm.hardware import Machine
 from picollm.recipes import (
     choose_attention,
+    choose_dtype,
     choose_threads,
     device_of,
     eval_runtime,
@@ -43,6 +44,7 @@ __all__ = [
     "architecture",
     "causal_flops_per_token",
     "choose_attention",
+    "choose_dtype",
     "choose_threads",
     "device_of",
     "eval_runtime",
@@ -157,7 +159,6 @@ def make_plan(
     ranks: int = 1,
     price_per_hour: float | None = None,
     dataset_chars: int | None = None,
-    sft_tokens: int | None = None,
 ) -> Plan:
     """Estimate a whole run before anything is made.
 
@@ -165,7 +166,6 @@ def make_plan(
         ranks: processes that train, one per GPU.
         price_per_hour: dollars an hour for the whole machine; None takes the table's price of known GPUs.
         dataset_chars: characters of the training split when the dataset is there.
-        sft_tokens: tokens of the conversations when they have been counted.
 
     Raises:
         ConfigError: shapes or batches that do not divide.
@@ -174,21 +174,21 @@ def make_plan(
     arch, device = recipe.model, device_of(machine)
     params = num_params(arch)
     pretrain = pretrain_horizon(config, arch)
-    sft = sft_horizon(config, arch, pretrain.batch_tokens, sft_tokens or estimate.TOY_WORLD_CHAT_TOKENS)
+    sft = sft_horizon(config, arch, pretrain.batch_tokens, estimate.TOY_WORLD_CHAT_TOKENS)
     runtime = train_runtime(config, machine, recipe, ranks=ranks)
     threads, threads_reason = choose_threads(config, machine, ranks)
     attention, attention_reason = choose_attention(
         device, recipe.dtype, arch.max_position_embeddings, config.model.attention
     )
-    speed = estimate.training_speed(machine, recipe.dtype, threads, ranks)
+    speed = estimate.training_speed(arch, machine, recipe.dtype, threads, ranks)
     # A dataset that was counted is there and needs no more room.
     chars = dataset_chars or estimate.dataset_chars(config.data.dataset, pretrain.tokens)
     missing = 0 if dataset_chars else estimate.dataset_bytes(chars)
     stages = (
         StagePlan("tokenizer", estimate.tokenizer_time(min(chars, config.tokenizer.max_chars))),
-        StagePlan("pretrain", estimate.training_time(arch, pretrain.tokens, speed), pretrain.steps, pretrain.tokens),
-        StagePlan("sft", estimate.training_time(arch, sft.tokens, speed), sft.steps, sft.tokens),
-        StagePlan("eval", estimate.eval_time(arch, config, chars, speed)),
+        StagePlan("pretrain", estimate.training_time(pretrain.tokens, speed), pretrain.steps, pretrain.tokens),
+        StagePlan("sft", estimate.training_time(sft.tokens, speed), sft.steps, sft.tokens),
+        StagePlan("eval", estimate.eval_time(config, chars, speed)),
         StagePlan("report", estimate.REPORT_TIME_S),
     )
     hours = sum(stage.time_s for stage in stages) / 3600

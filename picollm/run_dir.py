@@ -20,16 +20,36 @@ from typing import Any
 from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact
 
 SCHEMA = 1
-NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 # The order in which later stages depend on earlier ones; readers of "the latest stage" walk it backwards.
 TRAINING_STAGES = ("pretrain", "sft", "rl")
 
 
 def base_dir() -> Path:
-    """`$PICOLLM_BASE_DIR`, else the user's data directory; holds datasets, caches and runs."""
+    """`$PICOLLM_BASE_DIR`, else the user's data directory; holds datasets, caches and runs.
+
+    Raises:
+        HostError: it is to be found from a home directory, and there is none.
+    """
     if configured := os.environ.get("PICOLLM_BASE_DIR"):
-        return Path(configured).expanduser().absolute()
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share").expanduser().absolute() / "picollm"
+        return expand(configured).absolute()
+    return expand(os.environ.get("XDG_DATA_HOME") or "~/.local/share").absolute() / "picollm"
+
+
+def expand(path: str) -> Path:
+    """The path with `~` replaced by the home directory.
+
+    Raises:
+        HostError: there is no home directory, neither in HOME nor in the list of users.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise HostError(
+            f"there is no home directory for `{path}`",
+            cause="HOME is not set and this user has no entry in the list of users",
+            hint="set HOME, or PICOLLM_BASE_DIR to a directory you can write",
+        ) from error
 
 
 def check_name(kind: str, name: str) -> str:
@@ -51,6 +71,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """Hash of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -60,7 +81,8 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def fsync_dir(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Put a file's bytes, or a folder's list of names, on the disk: a rename alone may not survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -100,15 +122,28 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_dir(path.parent)
+        fsync_path(path.parent)
+
+
+def free_name(path: Path) -> Path:
+    """`path` where nothing has that name yet, else the first of `path~2`, `path~3`, … that is free."""
+    candidate, serial = path, 1
+    while candidate.exists():
+        serial += 1
+        candidate = path.with_name(f"{path.name}~{serial}")
+    return candidate
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file for people and programs; whole or not at all, as `write_atomic`."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, hint: str = "restore it from a copy, or start a new run with `--run NAME`") -> Any:
     """Parse a JSON file of ours.
+
+    Args:
+        hint: what to do when it is torn.
 
     Raises:
         IntegrityError: it is not JSON (torn or edited by hand).
@@ -116,8 +151,8 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"`{path}` is not readable JSON", cause=str(error)) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"`{path}` is not readable JSON", cause=str(error), hint=hint) from error
 
 
 def check_schema(path: Path, value: Any) -> dict[str, Any]:
@@ -133,6 +168,25 @@ def check_schema(path: Path, value: Any) -> dict[str, Any]:
             cause=f"its schema is {found!r}, this version reads {SCHEMA}",
             hint="use the picollm that made it, or start a new run with `--run NAME`",
         )
+    return value
+
+
+def read_fields(path: Path, fields: dict[str, type], *, hint: str) -> dict[str, Any]:
+    """Read a JSON object of ours that holds certain fields; it may hold more.
+
+    Args:
+        fields: name -> type of the value as JSON gives it (dict, list, str, int).
+        hint: what to do when it is torn or was edited.
+
+    Raises:
+        IntegrityError: torn, of another version, or a field is missing or of another type.
+        FileNotFoundError: there is no such file.
+    """
+    value = check_schema(path, read_json(path, hint=hint))
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), kind):
+            found = f"of type {type(value[name]).__name__}" if name in value else "missing"
+            raise IntegrityError(f"`{path}` is torn or was edited", cause=f"its field `{name}` is {found}", hint=hint)
     return value
 
 
@@ -193,6 +247,11 @@ class StageDir:
         return self.path.relative_to(self.run.path).as_posix()
 
     @property
+    def _command(self) -> str:
+        """The subcommand that runs it, which is also what `--force` calls it."""
+        return self.name.partition("/")[0]
+
+    @property
     def config_path(self) -> Path:
         return self.path / "config.json"
 
@@ -243,28 +302,57 @@ class StageDir:
             MissingArtifact: the stage was never prepared.
             IntegrityError: torn, or of another version.
         """
+        redo = f"restore it, or redo the stage with `picollm speedrun --run {self.run.name} --force {self._command}`"
         try:
-            config = check_schema(self.config_path, read_json(self.config_path))
+            config = read_fields(self.config_path, {"recipe": dict, "runtime": dict}, hint=redo)
         except FileNotFoundError:
-            command = f"picollm {self.name.split('/')[0]} --run {self.run.name}"
+            command = f"picollm {self._command} --run {self.run.name}"
             raise MissingArtifact(
                 f"stage `{self.name}` of run `{self.run.name}` has no config",
                 cause=f"`{self.config_path}` does not exist",
                 hint=f"prepare it with `{command}`",
             ) from None
         with contextlib.suppress(FileNotFoundError):
-            config["runtime"] = config["runtime"] | read_json(self.runtime_path)
+            changed = read_json(self.runtime_path, hint=f"remove it: `{self.config_path.name}` holds the first values")
+            config["runtime"] = config["runtime"] | (changed if isinstance(changed, dict) else {})
         return config
 
     def has_checkpoint(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*[0-9]"))
 
+    def is_started(self) -> bool:
+        """True when something is there that its recipe decided."""
+        return self.has_checkpoint() or self.record() is not None
+
     def record(self) -> dict[str, Any] | None:
-        """The stage's record, or None when it has not finished."""
+        """The stage's record, or None when it has not finished.
+
+        Raises:
+            IntegrityError: torn, edited, or of another version.
+        """
+        again = f"remove it and run `picollm speedrun --run {self.run.name}`: the stage goes on from what it has saved"
         try:
-            return check_schema(self.record_path, read_json(self.record_path))
+            record = read_fields(self.record_path, {"inputs": dict, "outputs": dict, "result": dict}, hint=again)
         except FileNotFoundError:
             return None
+        for name, entry in record["outputs"].items():
+            if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+                raise IntegrityError(
+                    f"`{self.record_path}` is torn or was edited",
+                    cause=f"its output `{name}` has no size or no hash",
+                    hint=again,
+                )
+        return record
+
+    def read_results(self) -> dict[str, Any]:
+        """An evaluation's `results.json`: `{"schema", "run", "stage", "step", "suites"}`.
+
+        Raises:
+            IntegrityError: torn, edited, or of another version.
+            FileNotFoundError: it was not written.
+        """
+        again = f"remove `{self.path}` and run `picollm eval --run {self.run.name}` again"
+        return read_fields(self.path / "results.json", {"stage": str, "step": int, "suites": dict}, hint=again)
 
     def write_record(self, inputs: dict[str, str], outputs: list[Path], result: dict[str, Any]) -> dict[str, Any]:
         """Hash the outputs and write `STAGE.json`: from here on the stage is done.
@@ -359,7 +447,11 @@ class RunDir:
         Raises:
             IntegrityError: torn, or of another version.
         """
-        return check_schema(self.config_path, read_json(self.config_path))
+        return read_fields(
+            self.config_path,
+            {"preset": str, "sources": dict, "config": dict},
+            hint="restore it from a copy, or start a new run with `--run NAME`",
+        )
 
     def latest_trained_stage(self) -> StageDir:
         """The furthest training stage that has finished: what `chat` and `eval` use unless told.
@@ -383,11 +475,7 @@ class RunDir:
             source = self.path / name
             if not source.exists():
                 continue
-            target = self.path / "old" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name.replace('/', '-')}"
-            serial = 1
-            while target.exists():
-                serial += 1
-                target = target.with_name(f"{target.name.split('~')[0]}~{serial}")
+            target = free_name(self.path / "old" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name.replace('/', '-')}")
             with disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(source, target)
@@ -396,10 +484,12 @@ class RunDir:
 
 
 def runs_dir() -> Path:
+    """`BASE/runs`; need not exist."""
     return base_dir() / "runs"
 
 
 def datasets_dir(base: Path | None = None) -> Path:
+    """`BASE/datasets`; need not exist."""
     return (base or base_dir()) / "datasets"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from picollm.config.model import Architecture
+from picollm.config.model import Architecture, padded_vocab_size
 from picollm.config.recipe import Rates, Schedule
 from picollm.config.schema import RunConfig
 from picollm.errors import ConfigError
@@ -145,8 +145,7 @@ def _attention_flops(arch: Architecture, keys: float) -> float:
 
 def reference_tokens(ratio: float, vocab_size: int) -> float:
     """D_ref: the token budget of depth 12 at this ratio, with the run's own vocabulary as in nanochat."""
-    padded = -(-vocab_size // 64) * 64
-    scaling = 12 * REFERENCE_DEPTH * REFERENCE_HIDDEN_SIZE**2 + padded * REFERENCE_HIDDEN_SIZE
+    scaling = 12 * REFERENCE_DEPTH * REFERENCE_HIDDEN_SIZE**2 + padded_vocab_size(vocab_size) * REFERENCE_HIDDEN_SIZE
     return ratio * scaling
 
 

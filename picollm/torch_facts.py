@@ -23,7 +23,8 @@ from picollm.run_dir import base_dir, read_json, sha256_json, write_json
 CACHE_NAME = "machine.json"
 # A cold disk needs tens of seconds to load a CUDA build of torch.
 PROBE_TIMEOUT_S = 180.0
-REINSTALL = 'install it again with `pip install --force-reinstall "torch>=2.9,<2.14"`'
+REQUIREMENT = "torch>=2.9,<2.14"  # as in pyproject.toml, which a broken installation cannot be asked for
+REINSTALL = f'install it again with `pip install --force-reinstall "{REQUIREMENT}"`'
 
 
 def torch_version() -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from picollm.errors import ConfigError, Interrupted, OutOfMemory, PicollmError
+from picollm.errors import ConfigError, Interrupted, OutOfMemory, PicollmError, first_line
 from picollm.events import EventWriter, attempts
 from picollm.run_dir import StageDir, hold_lock
 
@@ -117,7 +117,7 @@ def _run_stage(stage: StageDir, main: Callable[[Worker], None], rank: int, world
             stage.pid_path.write_text("")
             stack.callback(stage.pid_path.unlink, missing_ok=True)
         worker = Worker(stage, config, rank, world)
-        _keep_freed_memory()
+        keep_freed_memory()
         _limit_threads(int(config["runtime"]["threads"]))
         from picollm.train import distributed
 
@@ -141,7 +141,7 @@ def _run_stage(stage: StageDir, main: Callable[[Worker], None], rank: int, world
     return 0
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep large buffers instead of returning them to the kernel after every operation.
 
     A training step allocates and frees the same megabytes again and again; without this up to a sixth of its time
@@ -185,8 +185,7 @@ def _known(error: BaseException) -> PicollmError:
     if out_of_memory or "can't allocate memory" in str(error):
         return OutOfMemory(
             "out of memory",
-            cause=str(error).splitlines()[0] if str(error) else None,
+            cause=first_line(error),
             hint="lower `--set train.device_batch_size=…`; the batch in tokens stays the same",
         )
-    other = PicollmError(f"{type(error).__name__}: {error}")
-    return other
+    return PicollmError(f"{type(error).__name__}: {error}")

@@ -1,3 +1,5 @@
+"""`python -m picollm_cli` is the command `picollm`."""
+
 from __future__ import annotations
 
 from picollm_cli.main import main

@@ -6,6 +6,7 @@ Colour obeys NO_COLOR, FORCE_COLOR and the terminal (rich does). Under `--json` 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ THEME = Theme(
     }
 )
 PLAIN_LINE_EVERY_S = 5.0
+PIPE_WIDTH = 1000
 
 
 class Output:
@@ -40,12 +42,22 @@ class Output:
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
         self.stdout = Console(theme=THEME, soft_wrap=True, highlight=False)
+        if not (self.stdout.is_terminal or "COLUMNS" in os.environ):
+            # A file or a pipe has no edge: one row of a table stays one line.
+            self.stdout.width = PIPE_WIDTH
         self.stderr = Console(theme=THEME, soft_wrap=True, highlight=False, stderr=True)
 
     def print(self, renderable: Any = "", *, style: str | None = None) -> None:
         """Data for a human, on stdout. Strings are printed as they are, without markup."""
         if not self.as_json:
             self.stdout.print(renderable, style=style, markup=False)
+
+    def table(self, table: Any) -> None:
+        """Data in columns, on stdout, as wide as it is: a narrow terminal wraps its lines, and no cell is lost."""
+        if not self.as_json:
+            before, self.stdout.width = self.stdout.width, PIPE_WIDTH
+            self.stdout.print(table)
+            self.stdout.width = before
 
     def note(self, text: Any, *, style: str | None = None) -> None:
         """What is going on, on stderr."""
@@ -68,6 +80,7 @@ class Output:
             sys.stdout.flush()
 
     def error(self, error: PicollmError) -> None:
+        """An error in its three parts, on stderr; under `--json` also as the result object."""
         self.stderr.print("[bad]error:[/bad] ", end="")
         self.stderr.print(error.message, markup=False)
         if error.cause:
@@ -92,11 +105,11 @@ class Output:
         return input().strip().lower() in ("y", "yes")
 
     @contextmanager
-    def progress(self, title: str, *, total: float | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
+    def progress(self, title: str, *, unit: str) -> Iterator[Callable[[float, float], None]]:
         """A progress bar on a terminal, else one plain line every few seconds; all on stderr.
 
         Yields:
-            `update(done, total=None)`: absolute values.
+            `update(done, total)`: absolute values, in `unit`.
         """
         if self.stderr.is_terminal:
             from rich.progress import (
@@ -112,21 +125,19 @@ class Output:
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
                 TimeElapsedColumn(), TimeRemainingColumn(), console=self.stderr, transient=True,
             ) as bar:  # fmt: skip
-                task = bar.add_task(title, total=total)
+                task = bar.add_task(title, total=None)
 
-                def update(done: float, total: float | None = None) -> None:
-                    bar.update(task, completed=done, **({} if total is None else {"total": total}))
+                def update(done: float, total: float) -> None:
+                    bar.update(task, completed=done, total=total)
 
                 yield update
             return
         started = last = time.monotonic()
 
-        def plain(done: float, new_total: float | None = None) -> None:
-            nonlocal last, total
-            total = new_total if new_total is not None else total
+        def plain(done: float, total: float) -> None:
+            nonlocal last
             if (now := time.monotonic()) - last >= PLAIN_LINE_EVERY_S:
                 last = now
-                share = f" / {total:,.0f}" if total else ""
-                self.note(f"{title}: {done:,.0f}{share} {unit} after {now - started:.0f} s")
+                self.note(f"{title}: {done:,.0f} / {total:,.0f} {unit} after {now - started:.0f} s")
 
         yield plain

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from picollm_cli.console import Output
+from picollm_cli.inspection import gib
 from picollm_cli.launch_line import Launch, launch_command
-from picollm_cli.live import duration
 from picollm_cli.prepare import Prepared, plan_of
 
 
@@ -21,8 +21,9 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
     Args:
         stage: whose launch line is shown.
     """
-    from picollm.config.resolve import flatten
+    from picollm.config.keys import flatten
     from picollm.hardware import detect
+    from picollm.report.text import duration
 
     run = prepared.run
     plan = plan_of(prepared, ranks=launch.ranks)
@@ -49,13 +50,14 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
     money = "no price known for this machine" if plan.money_usd is None else f"{plan.money_usd:,.2f} USD"
     rows = {
         "parameters": f"{plan.params.total:,}",
-        "device": f"{plan.device}, {plan.ranks} rank{'s' * (plan.ranks > 1)} of {plan.threads} threads"
+        "device": f"{plan.device}, {plan.ranks} rank{'s' * (plan.ranks > 1)} "
+        f"of {plan.threads} thread{'s' * (plan.threads > 1)}"
         f" ({plan.threads_reason})",
         "dtype": f"{plan.dtype} ({plan.dtype_reason})",
         "attention": f"{plan.attention} ({plan.attention_reason})",
-        "memory": f"{plan.memory_bytes / 2**30:.2f} GiB in the largest process",
-        "disk": f"{plan.disk_bytes / 2**30:.2f} GiB",
-        "time": duration(plan.time_s),
+        "memory": f"about {gib(plan.memory_bytes)} in the largest process",
+        "disk": f"about {gib(plan.disk_bytes)}",
+        "time": f"about {duration(round(plan.time_s))} on an idle machine",
         "money": money,
     }
     out.print(_two_columns(rows))
@@ -64,7 +66,7 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
     stages = {}
     for part in plan.stages:
         size = f"  {part.steps:,} steps, {part.tokens:,} tokens" if part.steps and part.tokens else ""
-        stages[part.name] = f"{duration(part.time_s):>8}{size}"
+        stages[part.name] = f"{duration(round(part.time_s)):>12}{size}"
     out.print(_two_columns(stages))
     out.print()
     out.print("Launch", style="name")

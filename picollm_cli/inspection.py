@@ -159,8 +159,3 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
     return f"{seconds:.0f} seconds"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line with text in an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")

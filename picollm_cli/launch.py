@@ -35,8 +35,7 @@ def run_stage(
     stage: StageDir,
     module: str,
     *,
-    ranks: int = 1,
-    launch: Launch | None = None,
+    launch: Launch = Launch(),
     title: str | None = None,
 ) -> dict[str, Any]:
     """Run a prepared stage to its end and return its record; a stage that is done is not started.
@@ -44,7 +43,6 @@ def run_stage(
     Args:
         stage: its `config.json` is written.
         module: what the worker runs, such as `picollm.stages.pretrain`.
-        ranks: processes on this machine, when `launch` is not given.
         title: what the progress calls it; the stage's name unless told.
 
     Raises:
@@ -57,7 +55,6 @@ def run_stage(
     inputs = {"recipe": sha256_json(config["recipe"])}
     if (record := stage.record()) and stage.is_done(inputs):
         return record
-    launch = launch or Launch(nproc=ranks)
     _wait_for_lock(out, stage)
     attempt = Attempt(out, stage, _command(stage, module, launch), config["runtime"], title or stage.name)
     attempt.run()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from picollm.events import Event
 from picollm_cli.console import PLAIN_LINE_EVERY_S, Output
 
+if TYPE_CHECKING:
+    from types import TracebackType
+
 REDRAW_EVERY_S = 0.25
 # Weight of the past in the shown loss; the first steps count fully (bias is corrected).
 LOSS_SMOOTHING = 0.9
-# Steps over which the pace behind "time left" is measured.
+# Step events over which the pace behind "time left" is measured.
 PACE_STEPS = 50
 
 
@@ -22,6 +25,12 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _one_line(text: object, longest: int = 100) -> str:
+    """What a model was asked or said, without control characters."""
+    line = "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 class Progress:
@@ -37,17 +46,19 @@ class Progress:
         self._pace: list[float] = []
 
     def update(self, event: Event) -> None:
+        """Take one event in; kinds that say nothing about progress are ignored."""
         if event["kind"] == "stage_start":
             self.step, self.total = event.get("resumed_from") or 0, event.get("total_steps")
         elif event["kind"] == "step":
-            self.step = event.get("step", self.step)
+            before, self.step = self.step, event.get("step", self.step)
             self.tokens_per_s = event.get("tokens_per_s") or self.tokens_per_s
             self.mem_gib = event.get("mem_gib") or self.mem_gib
             if (loss := event.get("loss")) is not None:
                 self._loss = LOSS_SMOOTHING * self._loss + (1 - LOSS_SMOOTHING) * loss
                 self._weight = LOSS_SMOOTHING * self._weight + 1 - LOSS_SMOOTHING
             if dt_s := event.get("dt_s"):
-                self._pace = [*self._pace, dt_s][-PACE_STEPS:]
+                # An evaluation counts tokens or questions and tells of many at once.
+                self._pace = [*self._pace, dt_s / max(1, self.step - before)][-PACE_STEPS:]
 
     @property
     def loss(self) -> float | None:
@@ -71,7 +82,7 @@ class Progress:
         return "  ".join(part for part in parts if part)
 
     def line(self, title: str) -> str:
-        count = f"{self.step}/{self.total}" if self.total else (str(self.step) if self.step else "")
+        count = f"{self.step:,}/{self.total:,}" if self.total else (f"{self.step:,}" if self.step else "")
         return "  ".join(part for part in (f"{title} {count}".strip(), self.figures()) if part)
 
 
@@ -120,6 +131,8 @@ class StageView:
                 self.out.warn(str(event.get("text")))
             else:
                 self.say(f"{self.title}: {event.get('text')}")
+        elif event["kind"] == "sample":
+            self.say(f"{self.title}: {_one_line(event.get('prompt'))} → {_one_line(event.get('text'))}")
         elif event["kind"] == "eval" and event.get("value") is not None:
             error = event.get("stderr")
             self.say(
@@ -157,6 +170,6 @@ class StageView:
         progress = self.progress
         grid = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=progress.total, completed=progress.step, width=30, pulse=not progress.total)
-        count = f"{progress.step}/{progress.total}" if progress.total else duration(self._drawn - self._started)
+        count = f"{progress.step:,}/{progress.total:,}" if progress.total else duration(self._drawn - self._started)
         grid.add_row(self.title, bar, count, progress.figures())
         self._live.update(grid, refresh=True)

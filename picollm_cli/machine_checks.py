@@ -6,8 +6,8 @@ import os
 import sys
 from typing import Any
 
-from picollm.errors import HostError
-from picollm_cli.inspection import Check, Inspection, first_line, gib, rate_text
+from picollm.errors import HostError, first_line
+from picollm_cli.inspection import Check, Inspection, gib, rate_text
 
 DISTRIBUTION = "picollm-cli"
 # Distributions whose import name is not their own with `_` for `-`.
@@ -96,11 +96,11 @@ def check_torch(at: Inspection) -> Check:
 
     from packaging.requirements import Requirement
 
-    from picollm.torch_facts import torch_version
+    from picollm.torch_facts import REQUIREMENT, torch_version
 
     version = torch_version()
     if version is None:
-        return Check("torch", "block", "torch is not installed", '`pip install "torch>=2.9,<2.14"`')
+        return Check("torch", "block", "torch is not installed", f'`pip install "{REQUIREMENT}"`')
     try:
         facts = at.torch
     except HostError as error:
@@ -123,9 +123,16 @@ def check_torch(at: Inspection) -> Check:
 
 
 def check_device(at: Inspection) -> Check:
-    from picollm.hardware import gpu_spec
+    from picollm.hardware import detect_gpus, gpu_spec
 
     machine = at.machine
+    if not machine.gpus and (idle := detect_gpus()):
+        return Check(
+            "device",
+            "warn",
+            f"CPU: {machine.cpu_name}; {len(idle)} x {idle[0].name} is not used, because this torch is a CPU build",
+            "install a CUDA build of torch that fits the driver to train on it",
+        )
     if not machine.gpus:
         return Check("device", "info", f"CPU: {machine.cpu_name}; no CUDA GPU, presets `demo` and `cpu-small` fit it")
     gpu = machine.gpus[0]
@@ -151,9 +158,9 @@ def check_device(at: Inspection) -> Check:
 
 
 def check_dtype(at: Inspection) -> Check:
-    from picollm.hardware import compute_dtype
+    from picollm.plan import choose_dtype
 
-    dtype, reason = compute_dtype(at.machine, at.config.train.dtype)
+    dtype, reason = choose_dtype(at.config, at.machine)
     fact = at.torch["bf16" if dtype == "bfloat16" else "fp32"]
     if not fact["works"]:
         return Check("dtype", "block", f"{dtype}: {fact['error']}", "choose another with `--set train.dtype=float32`")
@@ -226,11 +233,9 @@ def check_memory(at: Inspection) -> Check:
 def check_disk_room(at: Inspection) -> Check:
     from picollm.hardware import disk_free
     from picollm.run_dir import base_dir
-    from picollm_cli.prepare import DISK_MARGIN_BYTES, DISK_MARGIN_SHARE
+    from picollm_cli.prepare import disk_needed
 
-    # The same sum that refuses a run when it starts: what the run has written already needs no room any more.
-    used = sum(path.stat().st_size for path in at.run.path.rglob("*") if path.is_file()) if at.run else 0
-    need = max(0, round(at.plan.disk_bytes * (1 + DISK_MARGIN_SHARE)) - used) + DISK_MARGIN_BYTES
+    need = disk_needed(at.plan, at.run)
     free = disk_free(base_dir())
     detail = f"{gib(free)} free, {at.subject} needs {gib(need)}"
     if free < need:

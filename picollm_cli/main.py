@@ -11,16 +11,24 @@ from typing import Annotated, NoReturn
 import typer
 
 from picollm import __version__
-from picollm.errors import ConfigError, Interrupted, PicollmError
+from picollm.errors import ConfigError, HostError, Interrupted, PicollmError
 from picollm_cli.commands import chat, data, doctor, eval, manifest, pretrain, report, runs, sft, speedrun, tokenizer
 from picollm_cli.console import Output
 
 TRACEBACK_FRAMES = 6
 
+HELP = """One command from raw text to a chat model that runs anywhere.
+
+\b
+Examples:
+  picollm speedrun --preset demo
+  picollm chat
+  picollm COMMAND --help
+"""
+
 app = typer.Typer(
     name="picollm",
-    help="One command from raw text to a chat model that runs anywhere.",
-    epilog="Start here: `picollm speedrun --preset demo`, then `picollm chat`.",
+    help=HELP,
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +49,7 @@ def picollm(
         bool, typer.Option("--version", "-V", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """One command from raw text to a chat model that runs anywhere."""
+    """The options of `picollm` itself; its help is `HELP`."""
 
 
 # The panels, and the commands inside each, stand in the pipeline's order.
@@ -106,10 +114,26 @@ def _run(arguments: list[str]) -> int:
         # The reader of our output went away (`picollm runs | head`): its decision, not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            return _say_bug(out, error)
+        # Commands wrap what they expect to fail; a path that cannot be read at all is still this machine's fault.
+        problem = HostError(
+            f"cannot use `{os.fsdecode(error.filename)}`",
+            cause=error.strerror or str(error),
+            hint="check that the path can be read, and `picollm doctor disk.writable base_dir`",
+        )
+        out.error(problem)
+        return problem.exit_code
     except Exception as error:
-        out.note("".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES)).rstrip())
-        out.error(_bug(error))
-        return PicollmError.exit_code
+        return _say_bug(out, error)
+
+
+def _say_bug(out: Output, error: Exception) -> int:
+    """Show a short traceback and how to report it; returns the exit code."""
+    out.note("".join(traceback.format_exception(error, limit=-TRACEBACK_FRAMES)).rstrip())
+    out.error(_bug(error))
+    return PicollmError.exit_code
 
 
 def _usage_error(message: str, arguments: list[str]) -> ConfigError:

@@ -8,13 +8,15 @@ import typer
 
 Run = Annotated[
     Optional[str],
-    typer.Option("--run", help="Name of the run. \\[env: PICOLLM_RUN]", show_default=False),
+    typer.Option("--run", metavar="NAME", help="Name of the run. \\[env: PICOLLM_RUN]", show_default=False),
 ]
 Preset = Annotated[
-    Optional[str], typer.Option("--preset", help="Preset to start from: demo, cpu-small, d12 …", show_default=False)
+    Optional[str],
+    typer.Option("--preset", metavar="NAME", help="Preset to start from: demo, cpu-small, d12 …", show_default=False),
 ]
 ConfigFile = Annotated[
-    Optional[str], typer.Option("--config", help="TOML file with values over the preset's.", show_default=False)
+    Optional[str],
+    typer.Option("--config", metavar="FILE", help="TOML file with values over the preset's.", show_default=False),
 ]
 Set = Annotated[
     Optional[list[str]],
@@ -33,7 +35,7 @@ Launch = Annotated[
     typer.Option(
         "--launch",
         metavar="KEY=VALUE,…",
-        help="How to launch: `nproc=8,nnodes=2,node_rank=0,rdzv=host:port`.",
+        help="Processes, as `nproc=8`; several nodes also take `nnodes=2,node_rank=0` and `rdzv=host:port`.",
         show_default=False,
     ),
 ]

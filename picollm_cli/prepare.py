@@ -6,12 +6,11 @@ import contextlib
 import os
 import signal
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from picollm.errors import ConfigError, HostError, MissingArtifact
 from picollm.events import EventWriter
-from picollm.run_dir import SCHEMA, RunDir, StageDir, find_run, hold_lock, run_named, write_json
+from picollm.run_dir import SCHEMA, RunDir, expand, find_run, hold_lock, run_named, write_json
 from picollm_cli.console import Output
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def resolve_run(
     """
     from picollm.config.resolve import resolve, resolve_existing
 
-    path = Path(config).expanduser() if config else None
+    path = expand(config) if config else None
     name = run or os.environ.get("PICOLLM_RUN") or preset or (path.stem if path else None)
     found = run_named(name) if name and create else find_run(name)
     if not found.exists():
@@ -181,15 +180,10 @@ def note(run: RunDir, stage: str, text: str) -> None:
     events.close()
 
 
-def is_started(stage: StageDir) -> bool:
-    """True when something was made that its recipe decided."""
-    return stage.has_checkpoint() or stage.record() is not None
-
-
 def _refuse_frozen(run: RunDir, before: RunConfig, now: RunConfig, redo: Collection[str]) -> None:
     from picollm.config.resolve import changed_recipe_keys
 
-    started = [name for name in ("tokenizer", "pretrain", "sft") if name not in redo and is_started(run.stage(name))]
+    started = [name for name in ("tokenizer", "pretrain", "sft") if name not in redo and run.stage(name).is_started()]
     frozen, causes = [], []
     for key, old, new in changed_recipe_keys(before, now):
         if readers := [name for name in started if name in READERS[key.partition(".")[0]]]:
@@ -221,6 +215,12 @@ def plan_of(prepared: Prepared, *, ranks: int = 1) -> Plan:
     return make_plan(prepared.config, detect(), ranks=ranks, dataset_chars=chars)
 
 
+def disk_needed(plan: Plan, run: RunDir | None) -> int:
+    """Bytes that must be free for a run, margins included; what an existing run has written already needs no room."""
+    used = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()) if run else 0
+    return max(0, round(plan.disk_bytes * (1 + DISK_MARGIN_SHARE)) - used) + DISK_MARGIN_BYTES
+
+
 def check_host(out: Output, prepared: Prepared, *, ranks: int = 1, yes: bool = False) -> None:
     """Refuse before anything is made what would fail in the middle.
 
@@ -230,8 +230,7 @@ def check_host(out: Output, prepared: Prepared, *, ranks: int = 1, yes: bool = F
     from picollm.hardware import detect, disk_free
 
     plan, machine, run = plan_of(prepared, ranks=ranks), detect(), prepared.run
-    used = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()) if run.path.is_dir() else 0
-    needed = max(0, round(plan.disk_bytes * (1 + DISK_MARGIN_SHARE)) - used) + DISK_MARGIN_BYTES
+    needed = disk_needed(plan, run)
     if (free := disk_free(run.path)) < needed:
         raise HostError(
             f"run `{run.name}` does not fit on the disk",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from picollm.errors import ConfigError, MissingArtifact
 from picollm.run_dir import SCHEMA, RunDir, StageDir, disk_errors, write_json
 from picollm_cli.console import Output
-from picollm_cli.prepare import Prepared, is_started, note
+from picollm_cli.prepare import Prepared, note
 
 if TYPE_CHECKING:
     from picollm.config.recipe import Source, TrainRecipe, TrainRuntime
@@ -37,6 +37,15 @@ def prepare_pretrain(prepared: Prepared, *, ranks: int = 1) -> StageDir:
         config, detect(), tokenizer_vocab=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256, data=(source,)
     )
     return _store_training(prepared, run.stage("pretrain"), recipe, ranks)
+
+
+def warn_of_small_vocabulary(out: Output, prepared: Prepared, found: int) -> None:
+    """Say that a small text gave fewer tokens than the config asks for."""
+    if found < (wanted := prepared.config.tokenizer.vocab_size):
+        out.warn(
+            f"the text yields {found:,} tokens, fewer than the {wanted:,} asked for; "
+            "the model becomes that much smaller"
+        )
 
 
 def prepare_sft(prepared: Prepared, *, ranks: int = 1) -> StageDir:
@@ -115,14 +124,19 @@ def prepare_eval(run: RunDir, stage: str, suite: str) -> StageDir:
     return evaluation
 
 
-def used_toy_world(run: RunDir) -> bool:
-    """Whether the run's SFT saw the toy world's conversations, whose questions the `chat` suite asks."""
+def suites_for(run: RunDir, stage: str) -> list[str]:
+    """Suites that apply to a trained stage; `chat` asks the toy world's questions, so fine-tuning must have seen them.
+
+    Args:
+        stage: a training stage that has finished.
+    """
     from picollm.data.datasets import TOY_WORLD_CHAT
 
-    stage = run.stage("sft")
-    if stage.record() is None:
-        return False
-    return any(source["dataset"] == TOY_WORLD_CHAT for source in stage.read_config()["recipe"]["data"])
+    suites = ["bpb", "samples"]
+    if stage != "pretrain":
+        sources = run.stage("sft").read_config()["recipe"]["data"]
+        suites += ["chat"] if any(source["dataset"] == TOY_WORLD_CHAT for source in sources) else []
+    return suites
 
 
 def say_sft_sources(out: Output, prepared: Prepared) -> None:
@@ -217,13 +231,20 @@ def _keep_threads(runtime: TrainRuntime, earlier: dict[str, Any]) -> TrainRuntim
     return runtime.model_copy(update={"threads": earlier["threads"]})
 
 
+def _shown(value: Any) -> Any:
+    """A recipe's value in an error: lists of datasets as words, everything else with all its digits."""
+    from picollm.report.text import plain
+
+    return plain(value) if isinstance(value, list | dict) else value
+
+
 def _write_stage(stage: StageDir, name: str, recipe: dict[str, Any], runtime: dict[str, Any]) -> None:
     """Write a stage's `config.json`, unless it has started with another recipe.
 
     Raises:
         ConfigError: it has; names keys and values.
     """
-    from picollm.config.resolve import flatten
+    from picollm.config.keys import flatten
 
     value = {"schema": SCHEMA, "stage": name, "recipe": recipe, "runtime": runtime}
     if stored := _stored(stage):
@@ -232,11 +253,13 @@ def _write_stage(stage: StageDir, name: str, recipe: dict[str, Any], runtime: di
         was, now = dict(flatten(stored["recipe"])), dict(flatten(recipe))
         differing = [key for key in now.keys() | was.keys() if was.get(key) != now.get(key)]
         # An evaluation has no state to protect: with another recipe it is simply made again.
-        if differing and name != "eval" and is_started(stage):
+        if differing and name != "eval" and stage.is_started():
             run = stage.run
             raise ConfigError(
                 f"stage `{name}` of run `{run.name}` has started with another recipe",
-                cause="; ".join(f"`{key}` was {was.get(key)} and is {now.get(key)} now" for key in sorted(differing)),
+                cause="; ".join(
+                    f"`{key}` was {_shown(was.get(key))} and is {_shown(now.get(key))} now" for key in sorted(differing)
+                ),
                 hint=f"undo the change, start a new run with `--run NAME`, "
                 f"or redo the stage with `picollm speedrun --run {run.name} --force {name}`",
             )

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 StageOption = Annotated[
     Optional[str],
     typer.Option(
-        "--stage", help="Training stage: pretrain, sft; the latest finished one unless told.", show_default=False
+        "--stage",
+        metavar="STAGE",
+        help="pretrain or sft; the furthest one that is finished unless told.",
+        show_default=False,
     ),
 ]
 

@@ -1,3 +1,5 @@
+"""Config section `data`."""
+
 from __future__ import annotations
 
 from pydantic import Field
@@ -11,4 +13,4 @@ class DataConfig(Section):
     dataset: str = "toy-world"
     """Name of a dataset under `datasets/`; `picollm data list` shows them."""
     buffer_documents: int = Field(default=1000, ge=1)
-    """Documents held while rows are packed; the best fit is looked for among them."""
+    """Pieces of documents held while rows are packed; the best fit is looked for among them."""

@@ -1,3 +1,5 @@
+"""Config section `eval`."""
+
 from __future__ import annotations
 
 from pydantic import Field

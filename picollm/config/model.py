@@ -1,3 +1,5 @@
+"""Config section `model`, and the architecture that it becomes."""
+
 from __future__ import annotations
 
 from typing import Literal
@@ -5,6 +7,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from picollm.config.base import Section
+
+# Far above what anybody trains here; caches and tables are as long, so a torn or hostile value must not pass.
+MAX_POSITIONS = 2**20
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The vocabulary rounded up to a multiple of 64, which matrix units like."""
+    return -(-vocab_size // 64) * 64
 
 
 class ModelConfig(Section):
@@ -26,7 +36,7 @@ class ModelConfig(Section):
     """Head size; width / heads when the heads are given, else 128, or 64 when the width is under 512."""
     intermediate_size: int | None = Field(default=None, ge=16)
     """Width inside the MLP; four times the width."""
-    max_position_embeddings: int = Field(default=2048, ge=16)
+    max_position_embeddings: int = Field(default=2048, ge=16, le=MAX_POSITIONS)
     """Tokens in a row, T."""
     rope_theta: float = Field(default=100_000.0, gt=0)
     """Base of the rotary position embedding."""
@@ -47,7 +57,7 @@ class Architecture(Section):
     intermediate_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     """Tokens of the tokenizer; weights have `padded_vocab_size` rows."""
-    max_position_embeddings: int = Field(ge=1)
+    max_position_embeddings: int = Field(ge=1, le=MAX_POSITIONS)
     rope_theta: float = Field(gt=0)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     qk_scale: float = Field(default=1.2, gt=0)
@@ -66,5 +76,5 @@ class Architecture(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the head: the vocabulary rounded up to 64, which matrix units like."""
-        return -(-self.vocab_size // 64) * 64
+        """Rows of the embedding and the head."""
+        return padded_vocab_size(self.vocab_size)

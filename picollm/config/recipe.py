@@ -96,6 +96,8 @@ class EvalRecipe(Section):
 
 
 class EvalRuntime(Section):
+    """How it is executed."""
+
     ranks: Literal[1] = 1
     threads: int = Field(ge=1)
     batch_size: int = Field(ge=1)

@@ -9,13 +9,14 @@ import json
 import os
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from picollm.config.keys import flatten, nest
 from picollm.config.presets import PRESETS
 from picollm.config.schema import RUNTIME_KEYS, RunConfig
 from picollm.errors import ConfigError, IntegrityError, nearest
@@ -114,7 +115,11 @@ def changed_recipe_keys(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, 
 
 def user_config_path(environ: Mapping[str, str] = os.environ) -> Path:
     """The operator's own defaults: `${XDG_CONFIG_HOME or ~/.config}/picollm/config.toml`."""
-    return Path(environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "picollm" / "config.toml"
+    path = Path(environ.get("XDG_CONFIG_HOME") or "~/.config", "picollm", "config.toml")
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path  # a user without a home directory has no such file, and needs none
 
 
 def known_keys() -> dict[str, Any]:
@@ -126,15 +131,6 @@ def known_keys() -> dict[str, Any]:
         else:
             keys[name] = field.annotation
     return keys
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`(dotted key, value)` of every leaf; lists and empty tables are leaves."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -206,11 +202,7 @@ def _text_layer(key: str, text: str, source: str) -> _Layer:
         value = text  # a dataset may be called 2024
     elif value == "none" and type(None) in typing.get_args(annotation):
         value = None
-    *sections, leaf = key.split(".")
-    values: dict[str, Any] = {leaf: value}
-    for section in reversed(sections):
-        values = {section: values}
-    return _Layer(source, values)
+    return _Layer(source, nest({key: value}))
 
 
 def _build(preset: str, base: dict[str, Any], sources: dict[str, str], layers: list[_Layer]) -> Resolved:
@@ -222,16 +214,9 @@ def _build(preset: str, base: dict[str, Any], sources: dict[str, str], layers: l
             values["train.steps"] = None
         merged |= values
         sources |= dict.fromkeys(values, layer.source)
-    tree: dict[str, Any] = {}
-    for key, value in merged.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
     try:
         # Strict JSON: "5" or true is no number, while lists may become tuples and tables sections.
-        config = RunConfig.model_validate_json(json.dumps(tree, default=str), strict=True)
+        config = RunConfig.model_validate_json(json.dumps(nest(merged), default=str), strict=True)
     except ValidationError as error:
         raise _translate(error, sources) from error
     return Resolved(preset, config, sources)
@@ -251,7 +236,7 @@ def _check_section(name: str, source: str) -> None:
         raise ConfigError(
             f"unknown section `{name}`",
             cause=f"set by {_tick(source)}; sections are {', '.join(f'`{section}`' for section in sections)}",
-            hint=f"did you mean `{close}`?" if close else None,
+            hint=f"did you mean `{close}`?" if close else f"`{LIST_KEYS}` prints every key",
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from picollm.config.base import Section
 from picollm.config.data import DataConfig
 from picollm.config.eval import EvalConfig
@@ -14,7 +16,7 @@ from picollm.config.train import TrainConfig
 class RunConfig(Section):
     """Everything an operator may say about a run. Sections and keys are those of `--set section.key=value`."""
 
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**63)
     """Decides initial weights and data order."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -1,3 +1,5 @@
+"""Config section `sft`."""
+
 from __future__ import annotations
 
 from pydantic import Field
@@ -15,7 +17,7 @@ class SftSource(Section):
 
 
 class SftConfig(Section):
-    """Fine-tuning on conversations. Batch, length and base rates are those of pretraining."""
+    """Fine-tuning on conversations. Row length, compute type and base rates are those of pretraining."""
 
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; None means one pass over the conversations."""

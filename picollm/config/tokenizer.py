@@ -1,3 +1,5 @@
+"""Config section `tokenizer`."""
+
 from __future__ import annotations
 
 from pydantic import Field

@@ -1,3 +1,5 @@
+"""Config section `train`."""
+
 from __future__ import annotations
 
 from typing import Literal
@@ -37,10 +39,10 @@ class TrainConfig(Section):
     weight_decay: bool = True
     """Cautious decay of the matrices, as a timescale of the run."""
     checkpoint_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; None aims at about twenty per run, at most 1 000 steps apart."""
+    """Steps between checkpoints; None aims at about twenty per run, 10 to 1 000 steps apart."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept; the last one of a finished stage always stays."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between validation passes; None means only at the end of short runs, every 250 steps otherwise."""
+    """Steps between validation passes; None means every 250 where there are 1 000 or more, else only at the end."""
     eval_tokens: int = Field(default=131_072, ge=1)
     """Validation tokens of a pass during training; the `bpb` suite reads all of them."""

@@ -17,7 +17,16 @@ from picollm import __version__
 from picollm.data.conversations import Conversation
 from picollm.data.datasets import RECORD_NAME, SPLITS, Dataset, Kind, ShardFile, Split
 from picollm.errors import ConfigError
-from picollm.run_dir import SCHEMA, check_name, datasets_dir, disk_errors, fsync_dir, sha256_file, write_json
+from picollm.run_dir import (
+    SCHEMA,
+    check_name,
+    datasets_dir,
+    disk_errors,
+    free_name,
+    fsync_path,
+    sha256_file,
+    write_json,
+)
 
 ROW_GROUP_ROWS = 1024
 # A row group is also closed by size, so that a thousand huge documents are never in memory together.
@@ -90,8 +99,7 @@ class _Shards:
             return
         path = self._path
         self.abandon()
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        fsync_path(path)
         size, digest = path.stat().st_size, sha256_file(path)
         self.files.append(ShardFile(path.name, self._split, self._rows, size, self._chars, digest))
         self._reset()
@@ -175,26 +183,21 @@ class DatasetWriter:
         write_json(self._temporary / RECORD_NAME, record)
         final = self._parent / self.name
         with disk_errors(final):
-            fsync_dir(self._temporary)
+            fsync_path(self._temporary)
             moved = None
             if final.exists():
                 if existing == "keep":
                     raise name_taken(self.name)
                 moved = self._move_old(final)
             self._temporary.rename(final)
-            fsync_dir(self._parent)
+            fsync_path(self._parent)
             if moved and existing == "delete":
                 shutil.rmtree(moved)
                 moved = None
         return Dataset.open(self.name, self._base), moved
 
     def _move_old(self, final: Path) -> Path:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        target = self._parent / OLD_FOLDER / f"{self.name}-{stamp}"
-        serial = 1
-        while target.exists():
-            serial += 1
-            target = target.with_name(f"{self.name}-{stamp}~{serial}")
+        target = free_name(self._parent / OLD_FOLDER / f"{self.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         target.parent.mkdir(exist_ok=True)
         final.rename(target)
         return target
@@ -218,6 +221,7 @@ def conversation_line(conversation: Conversation) -> str:
 
 
 def name_taken(name: str) -> ConfigError:
+    """The error for a dataset that would replace another one unasked."""
     return ConfigError(
         f"there is a dataset `{name}` already",
         cause="it was made from other files or with other settings",

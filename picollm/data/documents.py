@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from picollm.errors import IntegrityError
+from picollm.errors import IntegrityError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -115,8 +115,3 @@ class Documents(Sequence[str]):
         for group in range(len(self._groups)):
             for value in self._read_group(group):
                 yield self._text(group, value)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -7,7 +7,6 @@ same side, and adding files moves none of the others.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from picollm.data.dataset_writer import DatasetWriter, conversation_line, name_t
 from picollm.data.datasets import TOY_NAMES, Dataset, Kind
 from picollm.data.readers import Record, SourceFile, find_files, read_records
 from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact
+from picollm.hardware import disk_free
 from picollm.run_dir import check_name, datasets_dir, sha256_file
 
 SPLIT_SALT = b"picollm validation split 1\0"
@@ -228,13 +228,9 @@ def _check_enough(tally: _Tally, paths: list[Path]) -> None:
 def _check_room(files: list[SourceFile], folder: Path) -> None:
     """Compare the size of the input with the free room before anything is written."""
     needed = sum(file.size * (_GZIP_RATIO if file.path.name.lower().endswith(".gz") else 1) for file in files)
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
+    if (free := disk_free(folder)) < needed:
         raise HostError(
-            f"not enough room for the dataset under `{place}`",
+            f"not enough room for the dataset under `{folder}`",
             cause=f"it needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             hint="free some, or set PICOLLM_BASE_DIR to a larger disk",
         )

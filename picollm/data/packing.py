@@ -153,6 +153,7 @@ class RowPacker:
         return {"drawn": self.drawn, "row": self.row, "tokens": self.tokens, "pieces": [list(p) for p in self._pieces]}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; the documents in its buffer are encoded again."""
         self.drawn, self.row, self.tokens = state["drawn"], state["row"], state["tokens"]
         self._pieces = [(size, document, start) for size, document, start in state["pieces"]]
         documents = sorted({document for _, document, _ in self._pieces})

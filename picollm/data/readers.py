@@ -19,8 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from picollm.data.conversations import Conversation, EmptyMessage
 from picollm.data.cutting import cut
 from picollm.data.datasets import Kind
-from picollm.data.documents import first_line
-from picollm.errors import ConfigError
+from picollm.errors import ConfigError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")

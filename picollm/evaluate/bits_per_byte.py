@@ -14,11 +14,11 @@ from itertools import islice
 import numpy as np
 import torch
 
+from picollm.data.packing import IGNORED
 from picollm.errors import ConfigError
 from picollm.model.gpt import GPT
 from picollm.tokenizer.tokenizer import Tokenizer
 
-IGNORED = -1
 # Rows sorted by length at a time: enough to fill batches of equal rows, few enough to hold any dataset.
 WINDOW_ROWS = 4096
 # Tokens in one forward pass: what a pass needs beside the weights grows with them, its speed hardly does.

@@ -50,7 +50,8 @@ class Sampling:
         )
         for name, holds, range_ in rules:
             if not holds:
-                raise ConfigError(f"`{name}` must be {range_}", cause=f"it is {getattr(self, name)}")
+                found = getattr(self, name)
+                raise ConfigError(f"`{name}` must be {range_}", cause=f"it is {found}", hint="choose a value in range")
 
     @property
     def greedy(self) -> bool:

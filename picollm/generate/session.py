@@ -55,6 +55,12 @@ def open_stage(stage: StageDir, *, device: str = "cpu") -> TrainedModel:
             cause=f"it is {tokenizer.sha256[:12]}…, the checkpoint names {loaded.tokenizer_sha256[:12]}…",
             hint="restore `tokenizer/`, or train again in a new run",
         )
+    if loaded.arch.vocab_size != tokenizer.vocab_size:
+        raise IntegrityError(
+            f"the model of stage `{stage.name}` of run `{stage.run.name}` has another vocabulary than its tokenizer",
+            cause=f"`meta.json` says {loaded.arch.vocab_size:,} tokens, the tokenizer has {tokenizer.vocab_size:,}",
+            hint="restore the checkpoint from a copy, or train again in a new run",
+        )
     return TrainedModel(loaded.model, tokenizer, stage, loaded.step, loaded.sha256)
 
 

@@ -39,6 +39,8 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with rotary positions, QK norm and grouped queries."""
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = arch.num_attention_heads, arch.num_key_value_heads
@@ -71,6 +73,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """relu(x W_up)^2 W_down."""
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.up_proj = Linear(arch.hidden_size, arch.intermediate_size)
@@ -81,6 +85,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each on the normed stream and added to it."""
+
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.eps = arch.rms_norm_eps

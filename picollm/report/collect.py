@@ -13,7 +13,7 @@ from typing import Any
 
 from picollm.errors import IntegrityError, MissingArtifact
 from picollm.events import Event, attempts, read_all, read_events
-from picollm.run_dir import SCHEMA, TRAINING_STAGES, RunDir, StageDir, check_schema, datasets_dir, read_json
+from picollm.run_dir import SCHEMA, TRAINING_STAGES, RunDir, StageDir, datasets_dir, read_json
 from picollm.train.checkpoint_files import checkpoint_dir, checkpoint_sha256, read_meta
 
 # Steps averaged for the loss at the end: one step's loss swings with its documents.
@@ -204,9 +204,10 @@ def _evaluation(run: RunDir) -> tuple[Figures, list[Figures]]:
     scores: Figures = {}
     samples: list[Figures] = []
     for path in sorted((run.path / "eval").glob("*/results.json")):
-        if StageDir(path.parent).record() is None:
+        stage = StageDir(path.parent)
+        if stage.record() is None:
             continue  # torn by a crash: the suite runs again
-        results = check_schema(path, read_json(path))
+        results = stage.read_results()
         of_stage = scores.setdefault(results["stage"], {"step": results["step"], "suites": {}})
         for suite, tasks in results["suites"].items():
             of_stage["suites"][suite] = tasks
@@ -225,7 +226,11 @@ def _samples(folder: Path, results: Figures) -> list[Figures]:
     try:
         lines = [loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"`{path}` is not readable JSON lines", cause=str(error)) from error
+        raise IntegrityError(
+            f"`{path}` is not readable JSON lines",
+            cause=str(error),
+            hint=f"remove `{folder}` and run `picollm eval` again",
+        ) from error
     return [{"stage": results["stage"], "prompt": line["prompt"], "text": line["text"]} for line in lines]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from picollm.config.keys import flatten
 from picollm.report.plots import UNITS
-from picollm.report.text import ABSENT, cell, count, decimal, duration, flatten, listed, plain, short_hash, table
+from picollm.report.text import ABSENT, cell, count, decimal, duration, listed, plain, short_hash, table
 
 Figures = dict[str, Any]
 
@@ -169,6 +171,11 @@ def _evaluation(figures: Figures) -> list[str]:
                 title = f"### `{suite}` of {NAMES.get(name, name).lower()}, step {evaluation['step']:,}"
                 parts.append(f"{title}\n\n{_pairs(scored) if suite == 'chat' else _singles(suite, scored)}")
     note = "Scores are shares of right answers, 0 to 1; fewer bits per byte are better; ± is one standard error."
+    if "bpb" in figures["evaluation"].get("sft", {}).get("suites", {}):
+        note += (
+            " Bits per byte of fine-tuning are those of the same raw text after it learnt to answer, which costs some; "
+            "the base model's stand under Loss."
+        )
     return ["\n\n".join(["## Evaluation", note, *parts])] if parts else []
 
 
@@ -212,8 +219,17 @@ def _notes(figures: Figures) -> list[str]:
 
 
 def _environment(figures: Figures) -> list[str]:
-    rows = [(f"`{key}`", plain(value)) for key, value in flatten(figures["environment"]) if key != "schema"]
+    rows = [(f"`{key}`", _fact(key, value)) for key, value in flatten(figures["environment"]) if key != "schema"]
     return ["## Environment\n\n" + table(["", ""], rows)] if rows else []
+
+
+def _fact(key: str, value: Any) -> str:
+    """One fact of the environment: the command as it can be typed again, memory in GiB."""
+    if key == "command" and isinstance(value, list):
+        return f"`{shlex.join(value)}`"
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{value / 2**30:.1f} GiB"
+    return plain(value)
 
 
 def _use(figures: Figures) -> list[str]:
@@ -238,6 +254,8 @@ def _progress(stage: Figures) -> str:
     text = f"{stage['state']}, {stage['steps']:,}{total} steps, {count(stage['tokens'])} tokens"
     if stage["loss_final"] is not None:
         text += f", loss {stage['loss_first']:.2f} → {stage['loss_final']:.3f}"
+    if stage["validation"]:
+        text += f", validation {_last_validation(stage)}"
     return text
 
 

@@ -42,12 +42,12 @@ def draw_loss(curves: dict[str, list[Point]], validation: dict[str, list[Point]]
     return buffer.getvalue()
 
 
-def smooth(values: list[float], share: float = SMOOTHING_SHARE) -> list[float]:
-    """Centred moving mean over about `share` of the values.
+def smooth(values: list[float]) -> list[float]:
+    """Centred moving mean over about SMOOTHING_SHARE of the values.
 
     At the start the window narrows on both sides, so that the steep fall is not flattened; at the end only ahead.
     """
-    half = round(share * len(values) / 2)
+    half = round(SMOOTHING_SHARE * len(values) / 2)
     sums = [0.0, *accumulate(values)]
     out = []
     for index in range(len(values)):

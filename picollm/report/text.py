@@ -21,7 +21,7 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for reading: 42 s, 3 min 05 s, 2 h 10 min."""
+    """Seconds for reading: 42 s, 3 min 05 s, 2 h 10 min, 4 days 3 h."""
     if seconds is None:
         return ABSENT
     if seconds < 60:
@@ -29,7 +29,8 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
 def decimal(value: float | None, digits: int) -> str:
@@ -44,7 +45,7 @@ def short_hash(sha256: str | None) -> str:
 
 def plain(value: Any) -> str:
     """Any JSON value in a table cell."""
-    if value is None or value == []:
+    if value is None or value in ([], {}):
         return ABSENT
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -62,15 +63,6 @@ def plain(value: Any) -> str:
 def listed(names: list[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def cell(text: str) -> str:

@@ -6,6 +6,7 @@ Results are written whole at the end; a suite that was interrupted runs again fr
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from pydantic import ValidationError
 
 from picollm.config.recipe import EvalRecipe, EvalRuntime
 from picollm.data.datasets import Dataset
-from picollm.errors import ConfigError, IntegrityError, Interrupted
+from picollm.errors import ConfigError, Interrupted
 from picollm.evaluate import bits_per_byte, chat, samples
 from picollm.evaluate.tasks import toy_world
 from picollm.generate.engine import Engine
 from picollm.generate.session import TrainedModel, open_stage
 from picollm.run_dir import SCHEMA, sha256_json, write_atomic, write_json
+from picollm.stages.training import require_same
 from picollm.worker import Worker, run
+
+PROGRESS_EVERY_S = 0.5
+PREPARE_AGAIN = "run `picollm eval` again: it prepares the evaluation for what is there now"
 
 Scores = dict[str, dict[str, Any]]
 Records = list[dict[str, Any]]
@@ -33,8 +38,9 @@ def main(worker: Worker) -> None:
     except ValidationError as error:
         raise ConfigError(f"`{worker.stage.config_path}` is not an evaluation's config", cause=str(error)) from error
     trained = open_stage(worker.stage.run.stage(recipe.source), device=str(worker.device))
-    _same(f"model of stage `{recipe.source}`", trained.sha256, recipe.checkpoint_sha256)
-    worker.start()
+    require_same(
+        worker, f"model of stage `{recipe.source}`", trained.sha256, recipe.checkpoint_sha256, hint=PREPARE_AGAIN
+    )
     suites: dict[str, Callable[..., tuple[Scores, Records]]] = {"bpb": _bpb, "samples": _samples, "chat": _chat}
     scores, records = suites[recipe.suite](worker, recipe, runtime, trained)
     _write(worker, recipe, scores, records)
@@ -43,15 +49,18 @@ def main(worker: Worker) -> None:
 def _bpb(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: TrainedModel) -> tuple[Scores, Records]:
     """Bits per byte of the validation split."""
     dataset = Dataset.open(recipe.data.dataset, base=worker.stage.run.base)
-    _same(f"dataset `{dataset.name}`", dataset.sha256, recipe.data.sha256)
+    require_same(worker, f"dataset `{dataset.name}`", dataset.sha256, recipe.data.sha256, hint=PREPARE_AGAIN)
+    documents, row = dataset.documents("validation"), trained.model.arch.max_position_embeddings
+    # Cutting the text a first time costs little beside the model, and gives progress an end.
+    total = sum(len(ids) - 1 for _, ids in bits_per_byte.rows(trained.tokenizer, documents, row, recipe.bpb_tokens))
     found = bits_per_byte.evaluate(
         trained.model,
         trained.tokenizer,
-        dataset.documents("validation"),
-        trained.model.arch.max_position_embeddings,
+        documents,
+        row,
         runtime.batch_size,
         recipe.bpb_tokens,
-        on_progress=_stopper(worker),
+        on_progress=_progress(worker, total),
     )
     worker.event("eval", step=recipe.step, name="bpb", value=found.bpb, stderr=found.stderr, n=found.documents)
     score = {
@@ -76,7 +85,7 @@ def _samples(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: 
         trained.tokenizer,
         chat=trained.is_chat,
         max_new_tokens=recipe.max_new_tokens,
-        on_progress=_stopper(worker),
+        on_progress=_progress(worker, len(prompts)),
     )
     for record in records:
         worker.event("sample", step=recipe.step, prompt=record["prompt"], text=record["text"])
@@ -88,7 +97,9 @@ def _chat(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: Tra
     tasks = toy_world.tasks(recipe.questions, recipe.seed)
     prompts = [chat.prompt_ids(trained.tokenizer, question) for task in tasks for question in task.questions]
     engine = _engine(trained, prompts, runtime.batch_size, recipe.max_new_tokens)
-    scores, records = chat.evaluate(engine, trained.tokenizer, tasks, recipe.max_new_tokens, _stopper(worker))
+    scores, records = chat.evaluate(
+        engine, trained.tokenizer, tasks, recipe.max_new_tokens, _progress(worker, len(prompts))
+    )
     for name, score in scores.items():
         worker.event("eval", step=recipe.step, name=name, value=score["score"], stderr=score["stderr"], n=score["n"])
     return scores, records
@@ -101,23 +112,25 @@ def _engine(trained: TrainedModel, prompts: list[list[int]], batch_size: int, ma
     return Engine(trained.model, trained.tokenizer, max(1, min(batch_size, len(prompts))), capacity)
 
 
-def _stopper(worker: Worker) -> Callable[[int], None]:
-    """A progress callback that ends the suite when a stop was asked for; nothing is kept of it."""
+def _progress(worker: Worker, total: int) -> Callable[[int], None]:
+    """Begin the stage; the callback tells how far it is, and ends it when a stop was asked for: nothing is kept.
 
-    def look(_done: int) -> None:
+    Args:
+        total: tokens or questions that will be done at the end.
+    """
+    worker.start(total_steps=total)
+    told_at, told = time.monotonic(), 0
+
+    def look(done: int) -> None:
+        nonlocal told_at, told
         if worker.should_stop():
             raise Interrupted(f"stopped {worker.stage.name}; it starts anew next time")
+        now = time.monotonic()
+        if done > told and (done == total or now - told_at >= PROGRESS_EVERY_S):
+            worker.event("step", step=done, dt_s=round(now - told_at, 3))
+            told_at, told = now, done
 
     return look
-
-
-def _same(what: str, found: str, recorded: str) -> None:
-    if found != recorded:
-        raise IntegrityError(
-            f"the {what} is not the one this evaluation was prepared for",
-            cause=f"its sha256 is {found[:12]}…, the recipe names {recorded[:12]}…",
-            hint="run `picollm eval` again: it prepares the evaluation for what is there now",
-        )
 
 
 def _write(worker: Worker, recipe: EvalRecipe, scores: Scores, records: Records) -> None:

@@ -16,6 +16,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from picollm.errors import first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,7 +32,7 @@ def main() -> int:
     try:
         import torch
     except Exception as error:  # a missing library, a wrong ABI, a half-installed wheel: whatever it is, report it
-        print(json.dumps({"error": f"{type(error).__name__}: {_first_line(error)}"}))
+        print(json.dumps({"error": f"{type(error).__name__}: {first_line(error)}"}))
         return 3
     print(json.dumps(facts(torch)))
     return 0
@@ -82,7 +84,7 @@ def _cuda(torch: Any) -> dict[str, Any]:
         try:
             torch.cuda.init()  # says what `is_available` swallows: no driver, driver too old, CPU build
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
     cudnn = torch.backends.cudnn.version() if available else None
     return {"available": available, "reason": reason, "cudnn": cudnn}
 
@@ -116,7 +118,7 @@ def _matmul(torch: Any, device: str, dtype: torch.dtype) -> dict[str, Any]:
             wait()
             repeats += 1
     except Exception as error:
-        return {"works": False, "error": _first_line(error), "flops_per_s": None}
+        return {"works": False, "error": first_line(error), "flops_per_s": None}
     return {"works": True, "error": None, "flops_per_s": round(2 * size**3 * repeats / elapsed)}
 
 
@@ -172,15 +174,11 @@ def _compiler() -> str | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 if __name__ == "__main__":
     try:
         code = main()
     except Exception as error:  # our bug or torch's: doctor shows the line, the log has the rest
         traceback.print_exc()
-        print(json.dumps({"error": f"{type(error).__name__}: {_first_line(error)}"}))
+        print(json.dumps({"error": f"{type(error).__name__}: {first_line(error)}"}))
         code = 3
     sys.exit(code)

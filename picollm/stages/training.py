@@ -21,6 +21,8 @@ from picollm.train.checkpoint_files import checkpoint_dir, finished_steps
 from picollm.train.loop import Job, build_model, train
 from picollm.worker import Worker
 
+PUT_BACK = "put the original back, or start a new run with `--run NAME`"
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -46,21 +48,27 @@ def read_inputs(worker: Worker) -> Inputs:
         raise ConfigError(f"`{worker.stage.config_path}` is not a training config", cause=str(error)) from error
     run = worker.stage.run
     tokenizer = Tokenizer.load(run.tokenizer)
-    _same("tokenizer", tokenizer.sha256, recipe.tokenizer_sha256, run.name)
+    require_same(worker, "tokenizer", tokenizer.sha256, recipe.tokenizer_sha256)
     datasets = []
     for source in recipe.data:
         dataset = Dataset.open(source.dataset, base=run.base)
-        _same(f"dataset `{source.dataset}`", dataset.sha256, source.sha256, run.name)
+        require_same(worker, f"dataset `{source.dataset}`", dataset.sha256, source.sha256)
         datasets.append(dataset)
     return Inputs(recipe, runtime, tokenizer, datasets)
 
 
-def _same(what: str, found: str, recorded: str, run: str) -> None:
+def require_same(worker: Worker, what: str, found: str, recorded: str, *, hint: str = PUT_BACK) -> None:
+    """Compare an input's hash with the one in the recipe.
+
+    Raises:
+        IntegrityError: they differ; both are given.
+    """
     if found != recorded:
+        stage = worker.stage
         raise IntegrityError(
-            f"the {what} is not the one that run `{run}` was prepared with",
-            cause=f"its hash is {found[:12]}…, the recipe names {recorded[:12]}…",
-            hint="put the original back, or start a new run with `--run NAME`",
+            f"the {what} is not the one that `{stage.name}` of run `{stage.run.name}` was prepared with",
+            cause=f"its sha256 is {found[:12]}…, the recipe names {recorded[:12]}…",
+            hint=hint,
         )
 
 
@@ -115,10 +123,9 @@ def run_training(
     )
 
     job = Job(recipe, runtime, model, optimizer, batches, lambda step: evaluate(model, step), worker.device)
-    worker.note(
-        f"{worker.world} rank(s) of {runtime.threads} thread(s), {recipe.dtype} ({recipe.dtype_reason}), "
-        f"attention {attention} ({reason})"
-    )
+    processes = "1 process" if worker.world == 1 else f"{worker.world} processes"
+    threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)}{' each' * (worker.world > 1)}"
+    worker.note(f"{processes}, {threads}; {recipe.dtype}: {recipe.dtype_reason}; {attention} attention: {reason}")
     result = train(worker, job)
     if worker.rank == 0:
         final = checkpoint_dir(stage, recipe.steps)
@@ -133,7 +140,7 @@ def load_first_weights(model: GPT, worker: Worker, source: str, sha256: str) -> 
         IntegrityError: it is damaged, or not the one that the recipe names.
     """
     loaded = checkpoint.load_model(worker.stage.run.stage(source))
-    _same(f"model of stage `{source}`", loaded.sha256, sha256, worker.stage.run.name)
+    require_same(worker, f"model of stage `{source}`", loaded.sha256, sha256)
     with torch.no_grad():
         for own, first in zip(model.parameters(), loaded.model.parameters(), strict=True):
             own.copy_(first)

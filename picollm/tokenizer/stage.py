@@ -21,13 +21,15 @@ def train_stage(
 
     Only the training split is read, up to `tokenizer.max_chars`. A run on the toy world also reads the toy world's
     conversations, so that what fine-tuning says has tokens too. A tokenizer that is damaged, or was made from other
-    text, is moved to `old/` and made again; nothing is deleted.
+    text, is moved to `old/` and made again; nothing is deleted. Once pretraining has begun only the same tokenizer can
+    be made again, which mends a damaged one.
 
     Args:
         on_progress: called with characters read and an upper bound of what will be read; equal at the end.
 
     Raises:
-        ConfigError: the dataset holds no text to train on, or is one of conversations.
+        ConfigError: the dataset holds no text to train on, or is one of conversations; or pretraining has begun and a
+            dataset has changed since.
         MissingArtifact: the dataset does not exist.
         IntegrityError: a shard of it is not as recorded.
     """
@@ -47,13 +49,14 @@ def train_stage(
         "max_chars": wanted.max_chars,
         "doc_chars": wanted.doc_chars,
     }
-    inputs = {"recipe": sha256_json(recipe)}
+    inputs = {"recipe": sha256_json(recipe), **{_dataset_key(source.name): source.sha256 for source in sources}}
 
     stage = StageDir(run.tokenizer)
     record = stage.record()
+    if record is not None and stage.is_done(inputs) and _is_intact(stage, record):
+        return record
+    _refuse_if_used(run, _pretrained_on(run) | (record["inputs"] if record else {}), inputs)
     if record is not None:
-        if stage.is_done(inputs) and _is_intact(stage, record):
-            return record
         run.move_to_old([stage.name])
 
     expected = min(wanted.max_chars, sum(source.chars("train") for source in sources))
@@ -78,6 +81,40 @@ def train_stage(
     files = tokenizer.save(stage.path)
     result = {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, **counts}
     return stage.write_record(inputs, files, result)
+
+
+def _dataset_key(name: str) -> str:
+    return f"dataset {name}"
+
+
+def _pretrained_on(run: RunDir) -> dict[str, str]:
+    """The datasets that pretraining was prepared with, in the form of a record's inputs."""
+    pretrain = run.stage("pretrain")
+    if not pretrain.config_path.is_file():
+        return {}
+    sources = pretrain.read_config()["recipe"].get("data", [])
+    return {_dataset_key(source["dataset"]): source["sha256"] for source in sources}
+
+
+def _refuse_if_used(run: RunDir, before: dict[str, str], now: dict[str, str]) -> None:
+    """Keep the tokenizer of a model that is being trained or done.
+
+    Raises:
+        ConfigError: pretraining has begun with what `before` names, and a dataset is another one `now`.
+    """
+    changed = [key for key in before if key in now and before[key] != now[key]]
+    if not changed or not run.stage("pretrain").is_started():
+        return
+    names = [key.removeprefix(_dataset_key("")) for key in changed if key != "recipe"]
+    what = f"dataset `{names[0]}`" if names else "what the tokenizer is made from"
+    key = _dataset_key(names[0]) if names else "recipe"
+    was, is_now = before[key][:12], now[key][:12]
+    raise ConfigError(
+        f"{what} has changed since run `{run.name}` was trained on it",
+        cause=f"its sha256 was {was}… and is {is_now}… now; another tokenizer would not fit the model",
+        hint=f"put the original back, start a new run with `--run NAME`, "
+        f"or redo it all with `picollm speedrun --run {run.name} --force tokenizer`",
+    )
 
 
 def _is_intact(stage: StageDir, record: dict[str, Any]) -> bool:

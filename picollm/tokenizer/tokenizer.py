@@ -148,11 +148,8 @@ class Tokenizer:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, *, model_max_length: int | None = None) -> list[Path]:
+    def save(self, folder: Path) -> list[Path]:
         """Write the four files, each whole or not at all, and return their paths.
-
-        Args:
-            model_max_length: tokens the model reads, for `transformers`; left out where no model is known yet.
 
         Raises:
             HostError: the folder cannot be written.
@@ -166,8 +163,6 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         }
-        if model_max_length is not None:
-            config["model_max_length"] = model_max_length
         write_atomic(folder / TOKENIZER_FILE, self._json)
         write_json(folder / CONFIG_FILE, config)
         write_atomic(folder / TEMPLATE_FILE, CHAT_TEMPLATE)

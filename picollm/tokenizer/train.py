@@ -85,15 +85,16 @@ def train(texts: Iterator[str], vocab_size: int, *, on_progress: Callable[[int],
             failure.append(error)
 
     worker = threading.Thread(target=work, name="tokenizer-training", daemon=True)
-    worker.start()
     try:
+        worker.start()  # inside, because Ctrl-C may come before it returns
         while worker.is_alive():
             worker.join(PROGRESS_EVERY_S)
             if on_progress:
                 on_progress(num_chars)
     except BaseException:
         stop.set()
-        worker.join(5.0)  # it ends at the next text; while merging it cannot be told, and dies with the process
+        if worker.is_alive():
+            worker.join(5.0)  # it ends at the next text; while merging it cannot be told, and dies with the process
         raise
     if failure:
         raise failure[0]

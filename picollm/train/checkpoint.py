@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"`{path}` cannot be read as safetensors", cause=str(error)) from error
+        raise IntegrityError(f"`{path}` cannot be read as safetensors", cause=str(error), hint=files.RESTORE) from error
 
 
 def save(
@@ -70,7 +70,45 @@ def _architecture(path: Path, meta: dict[str, Any]) -> Architecture:
     try:
         return Architecture.model_validate(meta.get("model"))
     except ValidationError as error:
-        raise IntegrityError(f"`{path / 'meta.json'}` describes no model we know", cause=str(error)) from error
+        raise IntegrityError(
+            f"`{path / 'meta.json'}` describes no model we know", cause=_first(error), hint=files.RESTORE
+        ) from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint of pydantic on one line."""
+    detail = error.errors(include_url=False)[0]
+    return f"`{'.'.join(map(str, ('model', *detail['loc'])))}`: {detail['msg']}"
+
+
+def _check_shapes(path: Path, arch: Architecture) -> None:
+    """Compare names and shapes in the weights' header with the architecture, before a byte is allocated for either.
+
+    A hash proves only that whoever wrote the file also wrote its hash, and `meta.json` may ask for any size.
+
+    Raises:
+        IntegrityError: the file cannot be read, or holds other tensors.
+    """
+    file = path / "model.safetensors"
+    try:
+        with safe_open(file, framework="pt") as weights:
+            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"`{file}` cannot be read as safetensors", cause=str(error), hint=files.RESTORE) from error
+    wrong = f"{arch.num_hidden_layers} layers do not have {len(found)} tensors"
+    if arch.num_hidden_layers < len(found):  # a layer has several tensors; building billions of layers would not end
+        try:
+            with torch.device("meta"):
+                expected = {name: tuple(tensor.shape) for name, tensor in GPT(arch).named_parameters()}
+        except (RuntimeError, OverflowError, TypeError) as error:
+            expected, wrong = {}, str(error).splitlines()[0]
+        if found == expected:
+            return
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        if expected:
+            first = differing[0]
+            wrong = f"`{first}` is {found.get(first, 'missing')} there and {expected.get(first, 'unknown')} by its meta"
+    raise IntegrityError(f"the weights in `{path}` do not fit its architecture", cause=wrong, hint=files.RESTORE)
 
 
 def load_weights(model: GPT, path: Path) -> None:
@@ -88,7 +126,9 @@ def load_weights(model: GPT, path: Path) -> None:
     )
     if wrong:
         raise IntegrityError(
-            f"the weights in `{path}` do not fit its architecture", cause=f"first of them: `{wrong[0]}`"
+            f"the weights in `{path}` do not fit its architecture",
+            cause=f"first of them: `{wrong[0]}`",
+            hint=files.RESTORE,
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -114,7 +154,9 @@ def load_training_state(model: GPT, optimizer: MuonAdamW, path: Path) -> dict[st
     try:
         optimizer.load_state_dict(_load(path / STATE_FILE))
     except (KeyError, RuntimeError) as error:
-        raise IntegrityError(f"the optimizer state in `{path}` does not fit the model", cause=str(error)) from error
+        raise IntegrityError(
+            f"the optimizer state in `{path}` does not fit the model", cause=str(error), hint=files.RESTORE
+        ) from error
     return meta
 
 
@@ -156,20 +198,25 @@ class LoadedModel:
     tokenizer_sha256: str
 
 
-def load_model(stage: StageDir, *, dtype: str = "float32", device: str = "cpu", step: int | None = None) -> LoadedModel:
-    """The stage's newest (or a given) checkpoint as a model in eval mode, its weights cast to `dtype` once.
+def load_model(stage: StageDir, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """The stage's newest checkpoint as a model in eval mode, its weights cast to `dtype` once.
 
     Raises:
         MissingArtifact: the stage has no checkpoint.
         IntegrityError: it is damaged.
     """
-    step = files.latest_step(stage) if step is None else step
+    step = files.latest_step(stage)
     path = files.checkpoint_dir(stage, step)
     sums = files.verify(path, only=("model.safetensors", "meta.json"))
     meta = files.read_meta(path)
     arch = _architecture(path, meta)
     compute = getattr(torch, dtype)
+    if not isinstance(tokenizer := meta.get("tokenizer_sha256"), str):
+        raise IntegrityError(
+            f"`{path / 'meta.json'}` is torn or was edited", cause="it names no tokenizer", hint=files.RESTORE
+        )
+    _check_shapes(path, arch)
     model = GPT(arch, compute_dtype=compute)
     load_weights(model, path)
     model = model.to(device=device, dtype=compute).eval().requires_grad_(False)
-    return LoadedModel(model, arch, step, sums["model.safetensors"], meta["tokenizer_sha256"])
+    return LoadedModel(model, arch, step, sums["model.safetensors"], tokenizer)

@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from picollm.errors import IntegrityError, MissingArtifact
-from picollm.run_dir import StageDir, check_schema, disk_errors, fsync_dir, read_json, sha256_file, write_atomic
+from picollm.run_dir import StageDir, disk_errors, free_name, fsync_path, read_fields, sha256_file, write_atomic
 
 _FINISHED = re.compile(r"^step_(\d+)$")
 SUMS = "SHA256SUMS"
+RESTORE = "restore the file from a copy, or train the stage again with `picollm speedrun --force STAGE`"
 
 
 def checkpoint_dir(stage: StageDir, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
     return stage.checkpoints / f"step_{step:06d}"
 
 
@@ -61,22 +63,28 @@ def commit(stage: StageDir, step: int, temporary: Path, *, keep_last: int) -> in
         sums = "".join(f"{sha256_file(path)}  {path.relative_to(temporary).as_posix()}\n" for path in files)
         (temporary / SUMS).write_text(sums)
         for path in [*files, temporary / SUMS]:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        fsync_dir(temporary / "state")
-        fsync_dir(temporary)
+            fsync_path(path)
+        fsync_path(temporary / "state")
+        fsync_path(temporary)
         target = checkpoint_dir(stage, step)
         if target.exists():  # a resumed run has come to the same step again
             shutil.rmtree(target)
         os.replace(temporary, target)
-        fsync_dir(stage.checkpoints)
+        fsync_path(stage.checkpoints)
     write_atomic(stage.latest, f"{target.name}\n")
-    for old in finished_steps(stage)[:-keep_last]:
+    steps = finished_steps(stage)
+    # Training went on from an earlier step, so a later one did not load: it must not outlive a good one in its place.
+    for damaged in (later for later in steps if later > step):
+        _set_aside(checkpoint_dir(stage, damaged))
+    for old in [earlier for earlier in steps if earlier <= step][:-keep_last]:
         shutil.rmtree(checkpoint_dir(stage, old), ignore_errors=True)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint so that nothing takes it for one; its bytes stay for whoever wants to look."""
+    with disk_errors(path):
+        os.replace(path, free_name(path.with_name(f"{path.name}.damaged")))
 
 
 def read_sums(path: Path) -> dict[str, str]:
@@ -88,17 +96,19 @@ def read_sums(path: Path) -> dict[str, str]:
     try:
         lines = (path / SUMS).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"checkpoint `{path}` has no list of hashes", cause=str(error)) from error
+        raise IntegrityError(f"checkpoint `{path}` has no list of hashes", cause=str(error), hint=RESTORE) from error
     sums = {}
     for line in lines:
         digest, _, name = line.partition("  ")
         if not re.fullmatch(r"[0-9a-f]{64}", digest) or not name or name.startswith("/") or ".." in Path(name).parts:
             raise IntegrityError(
-                f"`{path / SUMS}` is torn or was edited", cause=f"line {line!r} is not a hash and a name"
+                f"`{path / SUMS}` is torn or was edited",
+                cause=f"line {line!r} is not a hash and a name",
+                hint=RESTORE,
             )
         sums[name] = digest
     if not {"model.safetensors", "meta.json"} <= sums.keys():
-        raise IntegrityError(f"`{path / SUMS}` is torn or was edited", cause="it does not list all files")
+        raise IntegrityError(f"`{path / SUMS}` is torn or was edited", cause="it does not list all files", hint=RESTORE)
     return sums
 
 
@@ -112,12 +122,12 @@ def verify(path: Path, *, only: tuple[str, ...] = ()) -> dict[str, str]:
     for name in only or sums:
         file = path / name
         if not file.is_file():
-            raise IntegrityError(f"checkpoint file `{file}` is missing", cause=f"`{SUMS}` lists it")
+            raise IntegrityError(f"checkpoint file `{file}` is missing", cause=f"`{SUMS}` lists it", hint=RESTORE)
         if (found := sha256_file(file)) != sums[name]:
             raise IntegrityError(
                 f"checkpoint file `{file}` is damaged",
                 cause=f"its sha256 is {found[:12]}…, recorded was {sums[name][:12]}…",
-                hint="restore the file from a copy, or train the stage again with `picollm speedrun --force STAGE`",
+                hint=RESTORE,
             )
     return sums
 
@@ -129,9 +139,9 @@ def read_meta(path: Path) -> dict[str, Any]:
         IntegrityError: missing, torn, or of another version.
     """
     try:
-        return check_schema(path / "meta.json", read_json(path / "meta.json"))
+        return read_fields(path / "meta.json", {"step": int}, hint=RESTORE)
     except FileNotFoundError:
-        raise IntegrityError(f"checkpoint `{path}` has no meta.json") from None
+        raise IntegrityError(f"checkpoint `{path}` has no meta.json", hint=RESTORE) from None
 
 
 def latest_step(stage: StageDir) -> int:
@@ -156,4 +166,5 @@ def checkpoint_sha256(stage: StageDir) -> tuple[int, str]:
 
 
 def write_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json into a folder that is not committed yet."""
     (path / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

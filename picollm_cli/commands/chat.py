@@ -11,6 +11,7 @@ import typer
 from picollm_cli import options
 from picollm_cli.console import Output
 from picollm_cli.stage_option import StageOption, choose_stage
+from picollm_cli.text_input import argument_text, stdin_text, utf8_text
 
 if TYPE_CHECKING:
     from picollm.generate.session import Session, TrainedModel
@@ -54,8 +55,10 @@ def chat(
 
     out = Output(as_json=json)
     found = find_run(run)
-    if prompt == "-":
-        prompt = sys.stdin.read().strip("\n")
+    if prompt is not None:
+        prompt = stdin_text().strip("\n") if prompt == "-" else argument_text(prompt)
+    if system is not None:
+        system = argument_text(system)
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", hint='give a text: `picollm chat -p "Who are you?"`')
     chosen = choose_stage(found, stage)
@@ -146,7 +149,7 @@ def _interactive(out: Output, session: Session, trained: TrainedModel, temperatu
 def _lines(out: Output) -> Iterator[str]:
     """Input lines: with editing and history on a terminal, as they are from a pipe."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        yield from sys.stdin
+        yield from map(utf8_text, sys.stdin.buffer)
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory

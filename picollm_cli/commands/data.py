@@ -14,7 +14,16 @@ from picollm_cli.options import Json
 if TYPE_CHECKING:
     from picollm.data.datasets import Dataset
 
-app = typer.Typer(no_args_is_help=True, help="Make, list and check datasets.")
+HELP = """Make, list and check datasets.
+
+\b
+Examples:
+  picollm data import notes ~/notes
+  picollm data list
+  picollm data show notes
+  picollm data verify notes
+"""
+app = typer.Typer(no_args_is_help=True, help=HELP)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset.", show_default=False)]
 PREVIEW_CHARS = 600
@@ -27,12 +36,12 @@ def import_(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH…",
+            metavar="PATH",
             help="Folders, or files ending in .txt .md .rst .jsonl .jsonl.gz .parquet.",
             show_default=False,
         ),
     ],
-    field: Annotated[str, typer.Option("--field", help="Column or key that holds the text.")] = "text",
+    field: Annotated[str, typer.Option("--field", metavar="NAME", help="Column or key that holds the text.")] = "text",
     force: Annotated[
         bool, typer.Option("--force", help="Replace a dataset of that name; the old one moves to `datasets/.old/`.")
     ] = False,
@@ -109,14 +118,14 @@ def list_(json: Json = False) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("name", no_wrap=True)
         table.add_column("kind")
-        for heading in ("rows", "validation", "characters", "on disk"):
+        for heading in ("train", "validation", "characters", "on disk"):
             table.add_column(heading, justify="right")
         for dataset in datasets:
             table.add_row(
-                dataset.name, dataset.kind, f"{dataset.rows():,}", f"{dataset.rows('validation'):,}",
+                dataset.name, dataset.kind, f"{dataset.rows('train'):,}", f"{dataset.rows('validation'):,}",
                 f"{dataset.chars():,}", _size(dataset.bytes()),
             )  # fmt: skip
-        out.print(table)
+        out.table(table)
     elif not torn:
         out.note(f"no dataset yet in `{datasets_dir()}`")
         out.hint(
@@ -148,10 +157,11 @@ def show(
     facts = [("name", dataset.name), ("kind", dataset.kind), ("path", str(dataset.path)), ("sha256", dataset.sha256)]
     for each in SPLITS:
         facts.append(
-            (each, f"{dataset.rows(each):,} {_noun(dataset.kind)}, {dataset.chars(each):,} characters, "
+            (each, f"{_counted(dataset.rows(each), dataset.kind)}, {dataset.chars(each):,} characters, "
                    f"{_size(dataset.bytes(each))} on disk")
         )  # fmt: skip
-    facts.append(("source", ", ".join(f"{key} {_plain(value)}" for key, value in dataset.source.items())))
+    source = {key: value for key, value in dataset.source.items() if key != "sha256"}
+    facts.append(("source", ", ".join(f"{key} {_plain(value)}" for key, value in source.items())))
     out.print(_facts(facts))
     for number, row in enumerate(first):
         out.print(f"\n-- {split} {number} --", style="quiet")
@@ -200,12 +210,24 @@ def _again(dataset: Dataset) -> str:
 
 def _train_hint(dataset: Dataset) -> str:
     if dataset.kind == "text":
-        return f"train on it with `picollm speedrun --preset cpu-small --set data.dataset={dataset.name}`"
-    return f'fine-tune on it: put `[[sft.mix]]` and `dataset = "{dataset.name}"` into a file for `--config`'
+        # A run of its own: without `--run` the next dataset would meet this one's run.
+        return (
+            f"train on it with `picollm speedrun --preset cpu-small --run {dataset.name} "
+            f"--set data.dataset={dataset.name}`"
+        )
+    return (
+        f'fine-tune on it: put the lines `[[sft.mix]]` and `dataset = "{dataset.name}"` into a file `mix.toml`, '
+        "then `picollm speedrun --run NAME --force sft --config mix.toml`"
+    )
 
 
 def _noun(kind: str) -> str:
     return "documents" if kind == "text" else "conversations"
+
+
+def _counted(rows: int, kind: str) -> str:
+    """`1 document`, `2,000 conversations`."""
+    return f"{rows:,} {_noun(kind) if rows != 1 else _noun(kind)[:-1]}"
 
 
 def _facts(rows: list[tuple[str, str]]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -83,7 +82,7 @@ def _inspection(run: str | None, preset: str | None, config: str | None, sets: l
             environment is left to the checks, so that doctor still says everything else.
     """
     from picollm.errors import ConfigError
-    from picollm.run_dir import find_run, run_named
+    from picollm.run_dir import expand, find_run, run_named
     from picollm_cli.inspection import Inspection
 
     asked = bool(preset or config or sets)
@@ -106,7 +105,7 @@ def _inspection(run: str | None, preset: str | None, config: str | None, sets: l
         run=target,
         name=name,
         preset=None if target else preset,
-        config_path=Path(config).expanduser() if config else None,
+        config_path=expand(config) if config else None,
         sets=sets,
     )
     if asked:

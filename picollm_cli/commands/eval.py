@@ -21,7 +21,9 @@ def evaluate(
     stage: StageOption = None,
     suite: Annotated[
         Optional[str],
-        typer.Option("--suite", help="bpb, samples or chat; all that apply unless told.", show_default=False),
+        typer.Option(
+            "--suite", metavar="SUITE", help="bpb, samples or chat; all that apply unless told.", show_default=False
+        ),
     ] = None,
     set_: options.Set = None,
     json: options.Json = False,
@@ -43,14 +45,14 @@ def evaluate(
     from picollm.errors import ConfigError
     from picollm_cli.launch import run_stage
     from picollm_cli.prepare import resolve_run, store_run, using_run
-    from picollm_cli.prepare_stage import prepare_eval, require_trained
+    from picollm_cli.prepare_stage import prepare_eval, require_trained, suites_for
 
     out = Output(as_json=json)
     prepared = resolve_run(run=run, preset=None, config=None, sets=set_ or (), create=False)
     found = prepared.run
     trained = choose_stage(found, stage)
     require_trained(found, trained.name)
-    applying = suites_for(found, trained)
+    applying = suites_for(found, trained.name)
     if suite == "chat" and suite not in applying:
         raise ConfigError(
             f"suite `chat` does not apply to stage `{trained.name}` of run `{found.name}`",
@@ -71,18 +73,8 @@ def evaluate(
     out.result({"run": found.name, "stage": trained.name, "step": step, "suites": results})
 
 
-def suites_for(run: RunDir, stage: StageDir) -> list[str]:
-    """Suites that apply to a trained stage: `chat` only after fine-tuning on the toy world."""
-    from picollm_cli.prepare_stage import used_toy_world
-
-    return ["bpb", "samples", *(["chat"] if stage.name != "pretrain" and used_toy_world(run) else [])]
-
-
 def _read_results(stage: StageDir) -> dict[str, Any]:
-    from picollm.run_dir import check_schema, read_json
-
-    path = stage.path / "results.json"
-    return check_schema(path, read_json(path))
+    return stage.read_results()
 
 
 def _show(out: Output, run: RunDir, stage: StageDir, suite: str, results: dict[str, Any]) -> None:
@@ -106,5 +98,5 @@ def _show(out: Output, run: RunDir, stage: StageDir, suite: str, results: dict[s
     for task, score in results["suites"][suite].items():
         error = "" if score["stderr"] is None else f"{score['stderr']:.{digits}f}"
         table.add_row(task, f"{score['score']:.{digits}f}", error, f"{score['n']:,}")
-    out.print(table)
+    out.table(table)
     out.print()

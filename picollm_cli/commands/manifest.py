@@ -10,9 +10,18 @@ from picollm_cli import options
 from picollm_cli.console import Output
 
 if TYPE_CHECKING:
+    from picollm.manifest import Problem
     from picollm.run_dir import RunDir
 
-app = typer.Typer(no_args_is_help=True, help="List every file of a run with its hash, and check it.")
+HELP = """List every file of a run with its hash, and check it.
+
+\b
+Examples:
+  picollm manifest verify
+  picollm manifest write --run demo
+  picollm manifest show --run demo
+"""
+app = typer.Typer(no_args_is_help=True, help=HELP)
 
 
 @app.command()
@@ -74,7 +83,7 @@ def verify(run: options.Run = None, json: options.Json = False) -> None:
     raise IntegrityError(
         f"{len(problems)} {'file differs' if len(problems) == 1 else 'files differ'} from the manifest",
         cause=describe(problems),
-        hint=_what_next(found, only_new=all(problem.kind == "unlisted" for problem in problems)),
+        hint=_what_next(found, problems),
     )
 
 
@@ -98,10 +107,14 @@ def show(run: options.Run = None, json: options.Json = False) -> None:
     out.result(manifest)
 
 
-def _what_next(run: RunDir, *, only_new: bool) -> str:
-    if only_new:
+def _what_next(run: RunDir, problems: list[Problem]) -> str:
+    from picollm.manifest import stage_of
+    from picollm_cli.commands.speedrun import NAMES
+
+    damaged = {stage_of(problem.path).partition("/")[0] for problem in problems if problem.kind != "unlisted"}
+    if not damaged:
         return f"nothing is damaged; list the new files with `picollm manifest write --run {run.name}`"
-    return (
-        f"restore the files, or make the stage again with `picollm speedrun --run {run.name} --force STAGE`; "
-        f"when the change is meant, `picollm manifest write --run {run.name}`"
-    )
+    # Files of no stage, such as `config.json`, can only be restored.
+    first = next((name for name in NAMES if name in damaged), None)
+    again = f", or make them again with `picollm speedrun --run {run.name} --force {first}`" if first else ""
+    return f"restore the files{again}; when the change is meant, `picollm manifest write --run {run.name}`"

@@ -18,7 +18,8 @@ def pretrain(
 ) -> None:
     """Pretrain a base model on the run's dataset, or continue where it stopped.
 
-    The run needs a tokenizer first. Ctrl-C saves and stops; the same command continues.
+    The run needs a tokenizer first. Ctrl-C saves and stops; the same command
+    continues.
 
     \b
     Examples:

@@ -27,34 +27,37 @@ def runs(json: options.Json = False) -> None:
     from picollm.run_dir import list_runs, runs_dir
 
     out = Output(json)
-    rows = []
+    rows, torn = [], []
     for run in list_runs():
         try:
             rows.append(_row(run))
         except PicollmError as error:
-            out.warn(f"run `{run.name}` is left out: {error.message}")
-    out.result({"runs": rows})
+            torn.append({"run": run.name, "error": error.to_dict()})
+            out.warn(f"run `{run.name}` is left out: {error.message}: {error.cause}")
+    out.result({"runs": rows, "torn": torn})
+    if torn and not rows:
+        return
     if not rows:
         out.note(f"there is no run in `{runs_dir()}`")
         out.hint("make one with `picollm speedrun --preset demo`")
         return
     table = Table(box=None, pad_edge=False)
     for heading, justify in (
-        ("run", "left"), ("preset", "left"), ("done", "left"), ("loss", "right"), ("bpb", "right"), ("size", "right"),
-        ("when", "left"),
+        ("run", "left"), ("preset", "left"), ("done up to", "left"), ("loss", "right"), ("bpb", "right"),
+        ("size", "right"), ("when", "left"),
     ):  # fmt: skip
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(
             Text(row["run"]),
             Text(row["preset"]),
-            Text(" ".join(row["stages"]) or "nothing yet"),
+            Text(row["stages"][-1] if row["stages"] else "nothing yet"),
             "" if row["loss"] is None else f"{row['loss']:.3f}",
             "" if row["bpb"] is None else f"{row['bpb']:.3f}",
             f"{row['bytes'] / 1e6:,.0f} MB",
             f"{datetime.fromtimestamp(row['changed_at']):%Y-%m-%d %H:%M}",
         )
-    out.print(table)
+    out.table(table)
 
 
 def _row(run: Any) -> dict[str, Any]:

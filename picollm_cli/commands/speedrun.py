@@ -93,6 +93,7 @@ def make_data(job: Job) -> Figures:
 
 def make_tokenizer(job: Job) -> Figures:
     from picollm.tokenizer.stage import train_stage
+    from picollm_cli.prepare_stage import warn_of_small_vocabulary
 
     with ExitStack() as stack:
         update: Callable[..., None] | None = None
@@ -104,7 +105,10 @@ def make_tokenizer(job: Job) -> Figures:
                 update = stack.enter_context(job.out.progress("tokenizer", unit="characters"))
             update(done, total)
 
-        return train_stage(job.run, job.prepared.config, on_progress=on_progress)["result"]
+        result = train_stage(job.run, job.prepared.config, on_progress=on_progress)["result"]
+    if job.working:
+        warn_of_small_vocabulary(job.out, job.prepared, result["vocab_size"])
+    return result
 
 
 def make_pretrain(job: Job) -> Figures:
@@ -124,12 +128,12 @@ def make_sft(job: Job) -> Figures:
 
 
 def make_eval(job: Job) -> Figures:
-    """Score the furthest model: bits per byte and samples, and the chat tasks of the toy world where SFT saw it."""
-    from picollm_cli.prepare_stage import prepare_eval, used_toy_world
+    """Score the furthest model with every suite that applies to it."""
+    from picollm_cli.prepare_stage import prepare_eval, suites_for
 
     trained = job.run.latest_trained_stage().name
     figures: Figures = {}
-    for suite in ("bpb", "samples", *(("chat",) if trained == "sft" and used_toy_world(job.run) else ())):
+    for suite in suites_for(job.run, trained):
         stage = prepare_eval(job.run, trained, suite)
         figures[suite] = job.worker(stage, "picollm.stages.eval", launch=Launch(), title=f"eval {suite}")
     return figures
@@ -164,6 +168,8 @@ def _is_newest(path: Path, others: Iterable[Path]) -> bool:
 
 
 class Stage(NamedTuple):
+    """A stage by name, and what makes it: skips what is done, returns figures for the last lines of the command."""
+
     name: str
     make: Callable[[Job], Figures]
 

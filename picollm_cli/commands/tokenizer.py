@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import unicodedata
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,14 +9,22 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from picollm.errors import ConfigError
 from picollm_cli import options
 from picollm_cli.console import Output
+from picollm_cli.text_input import argument_text, stdin_text
 
 if TYPE_CHECKING:
     from picollm.tokenizer.tokenizer import Tokenizer
 
-app = typer.Typer(no_args_is_help=True, help="Train, measure and look at the tokenizer.")
+HELP = """Train, measure and look at the tokenizer.
+
+\b
+Examples:
+  picollm tokenizer train --preset demo
+  picollm tokenizer eval --run demo
+  picollm tokenizer show "Who are you?"
+"""
+app = typer.Typer(no_args_is_help=True, help=HELP)
 
 EVAL_CHARS = 5_000_000  # of the validation split: enough to rank tokenizers, seconds to read
 COLOURS = ("black on bright_cyan", "black on bright_yellow")
@@ -33,16 +40,18 @@ def train(
 ) -> None:
     """Train the run's tokenizer on its dataset.
 
-    Makes the run when there is none of that name. A tokenizer that is already there and intact is kept.
+    Makes the run when there is none of that name. A tokenizer that is there
+    and intact is kept.
 
     \b
     Examples:
       picollm tokenizer train --preset demo
-      picollm tokenizer train --run peps --preset cpu-small --set data.dataset=peps
+      picollm tokenizer train --preset cpu-small --set data.dataset=peps
       picollm tokenizer train --run peps --set tokenizer.vocab_size=4096
     """
     from picollm.tokenizer.stage import train_stage
     from picollm_cli.prepare import open_run
+    from picollm_cli.prepare_stage import warn_of_small_vocabulary
 
     out = Output(json)
     with open_run(out, run=run, preset=preset, config=config, sets=sets) as prepared:
@@ -57,12 +66,7 @@ def train(
 
             record = train_stage(target, prepared.config, on_progress=on_progress)
     result = record["result"]
-    wanted = prepared.config.tokenizer.vocab_size
-    if result["vocab_size"] < wanted:
-        out.warn(
-            f"the text yields {result['vocab_size']:,} tokens, fewer than the {wanted:,} asked for; "
-            "the model becomes that much smaller"
-        )
+    warn_of_small_vocabulary(out, prepared, result["vocab_size"])
     out.print(
         f"{'Kept' if skipped else 'Trained'} tokenizer of run `{target.name}`: {result['vocab_size']:,} tokens "
         f"from {result['chars']:,} characters"
@@ -76,14 +80,15 @@ def train(
 def evaluate(run: options.Run = None, json: options.Json = False) -> None:
     """Measure bytes per token by kind of text, round trips and speed.
 
-    Reads the validation split of the run's dataset and small built-in samples of prose, code, numbers and other
-    scripts.
+    Reads the validation split of the run's dataset, and small built-in samples
+    of prose, code, numbers and other scripts.
 
     \b
     Examples:
       picollm tokenizer eval
       picollm tokenizer eval --run peps --json
     """
+    from picollm.config.resolve import resolve_existing
     from picollm.data import datasets
     from picollm.errors import IntegrityError
     from picollm.run_dir import find_run
@@ -94,7 +99,7 @@ def evaluate(run: options.Run = None, json: options.Json = False) -> None:
     out = Output(json)
     target = find_run(run)
     tokenizer = Tokenizer.load(target.tokenizer)
-    dataset = datasets.ensure(target.read_config()["config"]["data"]["dataset"], base=target.base)
+    dataset = datasets.ensure(resolve_existing(target.read_config()).config.data.dataset, base=target.base)
     validation = capped(dataset.documents("validation"), max_chars=EVAL_CHARS, doc_chars=EVAL_CHARS)
     quality = measure(tokenizer, {"validation": validation})
 
@@ -105,7 +110,7 @@ def evaluate(run: options.Run = None, json: options.Json = False) -> None:
     for name, kind in quality.kinds.items():
         numbers = (f"{kind.documents:,}", f"{kind.bytes:,}", f"{kind.tokens:,}", f"{kind.bytes_per_token:.2f}")
         table.add_row(name, *numbers)
-    out.print(table)
+    out.table(table)
     failed = len(quality.round_trip_failed)
     out.print()
     out.print(f"vocabulary    {quality.vocab_size:,} tokens, {quality.unused_share:.1%} not needed by these texts")
@@ -131,8 +136,8 @@ def show(
 ) -> None:
     """Show how a text is cut into tokens.
 
-    Tokens take turns in colour; without colour a bar stands between them. Bytes that are no character of their own
-    are shown as <E2>.
+    Tokens take turns in colour; without colour a bar stands between them.
+    Bytes that are no character of their own are shown as <E2>.
 
     \b
     Examples:
@@ -144,17 +149,7 @@ def show(
     from picollm.tokenizer.tokenizer import Tokenizer
 
     out = Output(json)
-    if text == "-":
-        data = sys.stdin.buffer.read()
-    else:
-        # Bytes of the command line that are no UTF-8 arrive as lone surrogates.
-        data = text.encode("utf-8", "surrogateescape")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            "the text is not UTF-8", cause=str(error), hint="convert it first, for example with `iconv -t utf-8`"
-        ) from None
+    text = stdin_text() if text == "-" else argument_text(text)
     tokenizer = Tokenizer.load(find_run(run).tokenizer)
     ids = tokenizer.encode(text)
     out.print(coloured(tokenizer, ids, colour=out.stdout.color_system is not None and not out.stdout.no_color))

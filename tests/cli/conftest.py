@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+from picollm_cli.main import main
 
 SPLIT_ROWS = {"train": 40, "validation": 12}
 
@@ -81,3 +88,64 @@ def tiny_run(tiny_base: Path, clean_environment: Path) -> Path:
     """A copy of the run in this test's base directory; returns the run's folder."""
     shutil.copytree(tiny_base, clean_environment)
     return clean_environment / "runs" / "tiny"
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `picollm ARGUMENTS` in this process, error layer included."""
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["picollm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Ended(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Command, clean_environment: Path) -> Command:
+    """Run a command that must fail in the shape of an error of ours, and must leave every file as it was.
+
+    `new=True` allows files that were not there before (a lock is always allowed: the kernel's, not ours).
+    """
+
+    def run(code: int, *arguments: str, new: bool = False) -> Ended:
+        before = hashes(clean_environment)
+        ended = command(*arguments)
+        assert ended.code == code, ended.err
+        assert ERROR_SHAPE.search(ended.err), ended.err
+        assert "Traceback" not in ended.err
+        after = hashes(clean_environment)
+        assert {name: after.get(name) for name in before} == before
+        assert new or after.keys() == before.keys()
+        return ended
+
+    return run
+
+
+# `error:` and a message, a cause, an empty line, the next command.
+ERROR_SHAPE = re.compile(r"^error: .+\n(  cause: .+\n)?(.*\n)*\nhint: .+\n\Z", re.MULTILINE)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Path -> sha256 of every file below a folder, without locks."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("lock", ".toy-world.lock")
+    }

@@ -80,7 +80,10 @@ def test_import_prints_a_summary(texts: Path) -> None:
     assert facts["documents"].strip() == "40"
     assert facts["characters"].strip() == f"{sum(map(len, TEXTS)):,}"
     assert "rejected: empty  1" in result.stdout
-    assert "hint: train on it with `picollm speedrun --preset cpu-small --set data.dataset=notes`" in result.stderr
+    assert (
+        "hint: train on it with `picollm speedrun --preset cpu-small --run notes --set data.dataset=notes`"
+        in result.stderr
+    )
     again = ok("import", "notes", texts)
     assert "nothing changed" in again.stderr
 
@@ -119,8 +122,12 @@ def test_list(texts: Path, chats: Path) -> None:
     ok("import", "notes", texts)
     ok("import", "chats", chats)
     lines = ok("list").stdout.splitlines()
-    assert lines[0].split()[:4] == ["name", "kind", "rows", "validation"]
-    assert [line.split()[:3] for line in lines[1:]] == [["chats", "conversations", "9"], ["notes", "text", "40"]]
+    assert lines[0].split()[:4] == ["name", "kind", "train", "validation"]
+    words = [line.split() for line in lines[1:]]
+    assert [(name, kind, int(train) + int(validation)) for name, kind, train, validation, *_ in words] == [
+        ("chats", "conversations", 9),
+        ("notes", "text", 40),
+    ]
     listed = last_json(ok("list", "--json"))
     assert [entry["name"] for entry in listed["datasets"]] == ["chats", "notes"]
     assert sum(split["rows"] for split in listed["datasets"][1]["splits"].values()) == 40

@@ -22,11 +22,13 @@ def test_bpb_is_scored_once(tiny_run: Path) -> None:
     first = evaluate("--suite", "bpb", "--json")
     assert first.exception is None, first.exception
     *events, last = [json.loads(line) for line in first.stdout.splitlines()]
-    assert [event["kind"] for event in events] == ["stage_start", "eval", "stage_end"]
+    assert [event["kind"] for event in events] == ["stage_start", "step", "eval", "stage_end"]
     assert (last["run"], last["stage"], last["step"]) == ("tiny", "sft", 10)
     score = last["suites"]["bpb"]["validation"]
     assert score["n"] == 12 and score["score"] > 1 and score["stderr"] > 0
-    assert events[1]["value"] == score["score"] and events[1]["n"] == 12
+    # Progress ends where it said that it would.
+    assert events[0]["total_steps"] == events[1]["step"] == score["tokens"]
+    assert events[2]["value"] == score["score"] and events[2]["n"] == 12
     folder = tiny_run / "eval/sft-bpb"
     record = json.loads((folder / "STAGE.json").read_text())
     assert set(record["outputs"]) == {"results.json"} and set(record["inputs"]) == {"recipe"}

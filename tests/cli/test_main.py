@@ -84,6 +84,12 @@ def test_every_command_shows_examples(name: str) -> None:
     assert f"  picollm {name}" in result.output or name == "tokenizer show"
 
 
+@pytest.mark.parametrize("group", ["", "data", "tokenizer", "manifest"])
+def test_every_group_shows_examples(group: str) -> None:
+    result = runner.invoke(app, [*group.split(), "--help"])
+    assert result.exit_code == 0 and "Examples:" in result.output
+
+
 @pytest.mark.parametrize("flag", ["--version", "-V"])
 def test_version(flag: str) -> None:
     result = runner.invoke(app, [flag])

@@ -55,7 +55,10 @@ def test_verify_exits_5_and_names_the_files(run: RunDir, monkeypatch: pytest.Mon
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: 1 file differs from the manifest\n  cause: changed  report.json (")
-    assert "\n\nhint: " in captured.err
+    # The hint names the first stage that makes the damaged files.
+    assert "\n\nhint: restore the files, or make them again with `picollm speedrun --run demo --force report`" in (
+        captured.err
+    )
     assert picollm(monkeypatch, "manifest", "verify", "--json") == 5
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[0]["problems"][0]["path"] == "report.json"

@@ -135,12 +135,6 @@ def test_the_weakest_gpu_decides(machine: Machine) -> None:
     assert compute_dtype(replace(machine, gpus=(a_gpu((9, 0)), a_gpu((7, 0)))))[0] == "float32"
 
 
-def test_a_dtype_that_was_asked_for_is_taken(machine: Machine) -> None:
-    dtype, reason = compute_dtype(machine, "float64")
-    assert dtype == "float64"
-    assert "train.dtype" in reason and "float32" in reason
-
-
 def test_threads_are_physical_cores_shared_by_ranks(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert default_threads(machine) == (8, "8 physical cores")

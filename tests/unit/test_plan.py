@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -130,7 +131,7 @@ def test_demo_rates():
     assert rates.embedding_lr == pytest.approx(0.05, rel=0.01)
     assert rates.unembedding_lr == pytest.approx(0.004, rel=0.01)
     # the whole run decays by as much as a long one: rate x decay x steps is the timescale
-    assert rates.matrix_lr * rates.weight_decay * 120 == pytest.approx(1 / 0.0709, rel=1e-4)
+    assert rates.matrix_lr * rates.weight_decay * 140 == pytest.approx(1 / 0.0709, rel=1e-4)
     assert recipe(config("train.weight_decay=false", preset="demo")).rates.weight_decay == 0
 
 
@@ -171,11 +172,11 @@ def test_sft_recipe_follows_pretraining():
     cfg = config(preset="demo")
     pretrain = recipe(cfg, AMX)
     sft = plan.sft_recipe(cfg, LAPTOP, pretrain, data=DATA, init_from="w" * 64)
-    assert (sft.stage, sft.steps, sft.batch_tokens, sft.init_from) == ("sft", 480, 2048, "w" * 64)
+    assert (sft.stage, sft.steps, sft.batch_tokens, sft.init_from) == ("sft", 560, 2048, "w" * 64)
     assert sft.dtype == pretrain.dtype == "bfloat16"  # also on a machine that would choose another
     assert sft.rates.matrix_lr == pytest.approx(0.6 * pretrain.rates.matrix_lr)
     assert sft.rates.weight_decay == 0
-    assert sft.schedule.warmdown_steps == 240 and sft.schedule.final_lr_fraction == 0
+    assert sft.schedule.warmdown_steps == 280 and sft.schedule.final_lr_fraction == 0
     assert sft.model == pretrain.model and sft.tokenizer_sha256 == pretrain.tokenizer_sha256
     type(sft).model_validate_json(sft.model_dump_json())
 
@@ -275,9 +276,14 @@ def test_shapes_that_do_not_divide(sets, names):
     assert all(name in text for name in names), text
 
 
-def test_the_fix_in_a_shape_error_works():
-    plan.architecture(config("model.hidden_size=192"))
-    plan.architecture(config("model.hidden_size=200", "model.num_attention_heads=2"))
+def test_following_the_hints_of_shape_errors_ends_in_a_shape():
+    sets = ["model.hidden_size=99", "model.head_dim=33"]
+    for _ in range(2):
+        with pytest.raises(ConfigError) as caught:
+            plan.architecture(config(*sets))
+        sets.append(re.search(r"--set (\S+)`", caught.value.hint)[1])
+    assert sets[2:] == ["model.head_dim=34", "model.hidden_size=102"]
+    assert plan.architecture(config(*sets)).num_attention_heads == 3
 
 
 def test_batch_that_is_not_whole_rows():
@@ -321,9 +327,21 @@ def test_demo_plan_is_within_its_bars():
     found = plan.make_plan(config(preset="demo"), AMX)
     assert found.memory_bytes < 1.5 * GIB
     assert found.params.total == 1_048_580
-    assert (found.pretrain.steps, found.sft.steps) == (120, 480)
+    assert (found.pretrain.steps, found.sft.steps) == (140, 560)
     assert (found.dtype, found.attention, found.threads) == ("bfloat16", "matmul", 2)
     assert found.time_s < 220
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "measured"),
+    [("demo", "bfloat16", 13_900), ("cpu-small", "bfloat16", 3_680), ("cpu-small", "float32", 1_757)],
+)
+def test_cpu_speed_is_what_was_measured(preset: str, dtype: str, measured: float):
+    """Tokens a second of one Zen 4 thread, from the CPU-seconds of runs of different lengths."""
+    zen4 = Machine("Linux", "cpu", frozenset({"avx2", "avx512f", "avx512_bf16"}), 2, 2, 23 * GIB, 20 * GIB, ())
+    arch = plan.architecture(config(preset=preset))
+    assert estimate.training_speed(arch, zen4, dtype, 1) == pytest.approx(measured, rel=0.15)
+    assert estimate.training_speed(arch, zen4, dtype, 8) == 2 * estimate.training_speed(arch, zen4, dtype, 1)
 
 
 def test_price_and_ranks():

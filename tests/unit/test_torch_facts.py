@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from picollm.hardware import Machine
 
 MACHINE = Machine("Linux", "a CPU", frozenset(), 2, 2, 2**33, 2**32, ())
 FACTS = {"torch": "2.13.0+cpu", "build": "cpu"}
+
+
+def test_the_requirement_is_the_declared_one() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert torch_facts.REQUIREMENT in project["dependencies"]
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from picollm.config.keys import flatten
 from picollm.config.presets import PRESETS
 from picollm.config.resolve import (
     changed_recipe_keys,
-    flatten,
     known_keys,
     resolve,
     resolve_existing,

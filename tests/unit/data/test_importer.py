@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -358,8 +357,7 @@ def test_folder_with_text_and_conversations_is_mixed(tmp_path: Path) -> None:
 
 
 def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(importer.shutil, "disk_usage", lambda _: usage(1000, 900, 100))
+    monkeypatch.setattr(importer, "disk_free", lambda _: 100)
     error = refused("texts", [jsonl(tmp_path / "a.jsonl", text_rows())])
     assert isinstance(error, HostError)
     assert "not enough room" in error.message

@@ -51,6 +51,7 @@ def test_page_of_a_finished_run(make_run: MakeRun) -> None:
     assert "| Chat, held out, sft | sum 0.95 ± 0.02 |" in page
     assert "| Weights, sft | `sft/checkpoints/step_000040/model.safetensors`, sha256 " in page
     assert "| `train.steps` | 20 | --set |" in page
+    assert ", validation 1.2500 bits per byte |" in page
     assert "![Training loss and validation over tokens](plots/loss.png)" in page
     assert "````text" in page  # longer than the fence inside the sample
     assert (run.path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -151,3 +151,17 @@ def test_dataset_without_text(run: RunDir, notes: str, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="no text"):
         train_stage(run, config(notes))
     assert not run.tokenizer.exists()
+
+
+def test_a_trained_model_keeps_its_tokenizer(run: RunDir, notes: str):
+    train_stage(run, config(notes))
+    before = (run.tokenizer / "tokenizer.json").read_bytes()
+    (run.stage("pretrain").checkpoints / "step_000010").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        train_stage(run, config(notes, vocab_size=310))
+    assert "--force tokenizer" in (caught.value.hint or "")
+    assert (run.tokenizer / "tokenizer.json").read_bytes() == before and not (run.path / "old").exists()
+    # A damaged one is made again: from the same text it is the same.
+    (run.tokenizer / "tokenizer.json").write_bytes(before[:-1])
+    train_stage(run, config(notes))
+    assert (run.tokenizer / "tokenizer.json").read_bytes() == before

@@ -131,11 +131,6 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path):
     assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
 
 
-def test_model_max_length_is_written_when_known(tokenizer: Tokenizer, tmp_path):
-    tokenizer.save(tmp_path, model_max_length=512)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 512
-
-
 def test_missing_tokenizer_names_the_command(tmp_path):
     with pytest.raises(MissingArtifact) as caught:
         Tokenizer.load(tmp_path / "runs" / "d12" / "tokenizer")

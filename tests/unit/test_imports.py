@@ -1,0 +1,141 @@
+"""Who may import whom (DESIGN 2), read from the source. Ruff bans single names; this looks at rooms and at chains."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPINE = frozenset({"config", "errors", "events", "hardware", "run_dir"})
+# Room of picollm -> what else of picollm it may import, beside itself. Modules at the top are rooms of their own.
+ALLOWED: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "config": frozenset({"errors"}),
+    "run_dir": frozenset({"errors", "__init__"}),
+    "events": frozenset({"run_dir"}),
+    "cgroups": frozenset(),
+    "hardware": frozenset({"cgroups"}),
+    "scaling": frozenset({"config", "errors"}),
+    "estimate": frozenset({"config", "hardware", "scaling"}),
+    "recipes": frozenset({"config", "errors", "estimate", "hardware", "scaling"}),
+    "plan": frozenset({"config", "estimate", "hardware", "recipes", "scaling"}),
+    "torch_facts": frozenset({"errors", "hardware", "run_dir", "__init__"}),
+    "manifest": frozenset({"errors", "run_dir", "__init__"}),
+    "report": frozenset({"config", "errors", "events", "run_dir", "scaling", "train.checkpoint_files"}),
+    "data": frozenset({"errors", "hardware", "run_dir", "__init__"}),
+    "tokenizer": frozenset({"config", "data", "errors", "run_dir"}),
+    "model": frozenset({"config"}),
+    "optim": frozenset({"config"}),
+    "train": SPINE | {"data", "model", "optim", "scaling", "worker"},
+    "worker": frozenset({"errors", "events", "run_dir", "train.distributed"}),
+    "generate": frozenset({"data.conversations", "errors", "model", "run_dir", "tokenizer", "train.checkpoint"}),
+    "evaluate": frozenset({"data", "errors", "generate", "model", "tokenizer"}),
+    "stages": SPINE | {"data", "evaluate", "generate", "model", "optim", "plan", "tokenizer", "train", "worker"},
+    "__init__": frozenset(),
+}
+# What may load torch just by being imported; mirrors the exceptions in picollm/ruff.toml.
+TORCH_ROOMS = ("model", "optim", "generate", "evaluate")
+TORCH_MODULES = frozenset(
+    [f"picollm.train.{name}" for name in ("loop", "checkpoint", "distributed", "metrics")]
+    + [f"picollm.stages.{name}" for name in ("training", "pretrain", "sft", "eval")]
+)
+# What the desk may not load before it knows what is wanted; jaxtyping comes with the model's files.
+HEAVY = frozenset(
+    "torch jaxtyping safetensors numpy pyarrow tokenizers matplotlib pydantic psutil filelock prompt_toolkit".split()
+)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of both packages by its dotted name; a package is called `name.__init__`."""
+    files = [path for package in ("picollm", "picollm_cli") for path in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@cache
+def imports(module: str, *, at_import: bool) -> frozenset[str]:
+    """Dotted names that a module imports, `from a import b` as `a.b` where that is a module of ours.
+
+    Args:
+        at_import: only what importing the module loads, not what functions and type checkers do.
+    """
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module}: imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                ours = inner in modules() or f"{inner}.__init__" in modules()
+                whole = f"{node.module}.__init__"
+                found.add(inner if ours else whole if whole in modules() else node.module)
+        elif at_import and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_types(node)):
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(modules()[module].read_text()))
+    return frozenset(found)
+
+
+def loaded(module: str) -> set[str]:
+    """Everything that importing a module of ours loads, through however many of our modules."""
+    seen, waiting = set(), [module]
+    while waiting:
+        for name in imports(waiting.pop(), at_import=True) - seen:
+            seen.add(name)
+            if name in modules():
+                waiting.append(name)
+    return seen
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name.startswith("picollm.")])
+def test_rooms_import_only_what_the_design_allows(module: str) -> None:
+    room = room_of(module)
+    used = {name for name in imports(module, at_import=False) if name.startswith("picollm.")}
+    others = {name.removeprefix("picollm.") for name in used if room_of(name) != room}
+    allowed = ALLOWED[room]
+    assert {name for name in others if not ({name, name.split(".")[0]} & allowed)} == set()
+
+
+def test_every_room_of_the_table_exists() -> None:
+    assert {room_of(name) for name in modules() if name.startswith("picollm.")} == set(ALLOWED)
+
+
+def test_the_library_does_not_know_the_desk() -> None:
+    for module in modules():
+        if module.startswith("picollm."):
+            tops = {name.split(".")[0] for name in imports(module, at_import=False)}
+            assert not tops & {"picollm_cli", "rich", "typer"}, module
+
+
+@pytest.mark.parametrize("module", list(modules()))
+def test_torch_is_loaded_by_its_rooms_only(module: str) -> None:
+    if module not in TORCH_MODULES and not (module.startswith("picollm.") and room_of(module) in TORCH_ROOMS):
+        assert "torch" not in {name.split(".")[0] for name in loaded(module)}
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name.startswith("picollm_cli.")])
+def test_the_desk_starts_light(module: str) -> None:
+    assert {name.split(".")[0] for name in loaded(module)} & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name.endswith("__init__")])
+def test_packages_pull_in_nothing(module: str) -> None:
+    if module == "picollm.__init__":
+        assert imports(module, at_import=False) == set()
+    else:
+        assert modules()[module].read_text() == ""
