@@ -92,6 +92,16 @@ def nearest(name: str, known: list[str]) -> str | None:
     return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
+def did_you_mean(name: str, known: list[str], option: str = "", *, otherwise: str | None = None) -> str | None:
+    """A hint for a mistyped name: the nearest one as it is to be typed, or `otherwise` when nothing is close.
+
+    Args:
+        option: what stands before the name on the command line, with its space: `--preset `.
+    """
+    close = nearest(name, known)
+    return f"did you mean `{option}{close}`?" if close else otherwise
+
+
 def first_line(error: BaseException) -> str:
     """The first line with text of a library's message, without its full stop; its type where it says nothing."""
     lines = (line.strip() for line in str(error).splitlines())

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from picollm.run_dir import disk_errors
+from picollm.files import disk_errors
 
 VERSION = 1
 Event = dict[str, Any]

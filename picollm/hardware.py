@@ -33,7 +33,6 @@ class Gpu:
     index: int
     name: str
     memory_bytes: int
-    free_bytes: int
     capability: tuple[int, int]
     driver: str
 
@@ -189,15 +188,14 @@ def _visible(nvml: object) -> Iterator[object]:
 
 def _read_gpu(nvml: object, index: int, handle: object, driver: str) -> Gpu:
     try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        total, free = int(memory.total), int(memory.free)
+        total = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
     except nvml.NVMLError:
         # Chips that share the CPU's memory report none of their own.
         import psutil
 
-        total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+        total = psutil.virtual_memory().total
     capability = tuple(int(x) for x in nvml.nvmlDeviceGetCudaComputeCapability(handle))
-    return Gpu(index, _text(nvml.nvmlDeviceGetName(handle)), total, free, capability[:2], driver)
+    return Gpu(index, _text(nvml.nvmlDeviceGetName(handle)), total, capability[:2], driver)
 
 
 def _text(value: str | bytes) -> str:
@@ -261,7 +259,7 @@ PRICES_AS_OF = "2025"
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A chip by its data sheet: dense (not sparse) peaks in FLOP/s, float32 accumulation, memory in byte/s.
+    """A chip by its data sheet: dense (not sparse) peaks in FLOP/s, float32 accumulation.
 
     `bf16_flops` is None on chips without bfloat16, `fp8_flops` on chips without fp8; `fp32_flops` is the vector units'.
     """
@@ -270,7 +268,6 @@ class GpuSpec:
     bf16_flops: float | None
     fp8_flops: float | None
     fp32_flops: float
-    memory_bandwidth: float
     usd_per_hour: float
 
     def peak_flops(self, dtype: str) -> float:
@@ -279,31 +276,31 @@ class GpuSpec:
 
 
 # (words that must all occur in the driver's name, spec). The first row that fits wins, so variants come first.
-_T, _TB, _GB = 1e12, 1e12, 1e9
+_T = 1e12
 _GPUS: tuple[tuple[str, GpuSpec], ...] = (
-    ("gb200", GpuSpec("GB200", 2500 * _T, 5000 * _T, 80 * _T, 8.0 * _TB, 6.5)),
-    ("b200", GpuSpec("B200", 2250 * _T, 4500 * _T, 75 * _T, 8.0 * _TB, 5.0)),
-    ("gh200", GpuSpec("GH200", 989 * _T, 1979 * _T, 67 * _T, 4.0 * _TB, 2.5)),
-    ("h200 nvl", GpuSpec("H200 NVL", 835 * _T, 1671 * _T, 60 * _T, 4.8 * _TB, 3.2)),
-    ("h200", GpuSpec("H200", 989 * _T, 1979 * _T, 67 * _T, 4.8 * _TB, 3.5)),
-    ("h100 nvl", GpuSpec("H100 NVL", 835 * _T, 1671 * _T, 60 * _T, 3.9 * _TB, 2.8)),
-    ("h100 pcie", GpuSpec("H100 PCIe", 756 * _T, 1513 * _T, 51 * _T, 2.0 * _TB, 2.4)),
-    ("h100", GpuSpec("H100 SXM", 989 * _T, 1979 * _T, 67 * _T, 3.35 * _TB, 3.0)),
-    ("a100 40gb", GpuSpec("A100 40GB", 312 * _T, None, 19.5 * _T, 1.555 * _TB, 1.3)),
-    ("a100 pcie", GpuSpec("A100 80GB PCIe", 312 * _T, None, 19.5 * _T, 1.935 * _TB, 1.6)),
-    ("a100", GpuSpec("A100 80GB SXM", 312 * _T, None, 19.5 * _T, 2.039 * _TB, 1.8)),
-    ("l40s", GpuSpec("L40S", 362 * _T, 733 * _T, 91.6 * _T, 864 * _GB, 1.0)),
-    ("l40", GpuSpec("L40", 181 * _T, 362 * _T, 90.5 * _T, 864 * _GB, 0.9)),
-    ("l4", GpuSpec("L4", 121 * _T, 242 * _T, 30.3 * _T, 300 * _GB, 0.7)),
-    ("a10g", GpuSpec("A10G", 70 * _T, None, 35 * _T, 600 * _GB, 1.0)),
-    ("a10", GpuSpec("A10", 125 * _T, None, 31.2 * _T, 600 * _GB, 0.75)),
-    ("rtx 6000 ada", GpuSpec("RTX 6000 Ada", 364 * _T, 728 * _T, 91.1 * _T, 960 * _GB, 0.8)),
-    ("rtx 5090", GpuSpec("RTX 5090", 209 * _T, 419 * _T, 105 * _T, 1.792 * _TB, 0.7)),
-    ("rtx 4090", GpuSpec("RTX 4090", 165 * _T, 330 * _T, 82.6 * _T, 1.008 * _TB, 0.5)),
-    ("rtx 3090", GpuSpec("RTX 3090", 71 * _T, None, 35.6 * _T, 936 * _GB, 0.3)),
-    ("v100", GpuSpec("V100", None, None, 15.7 * _T, 900 * _GB, 0.55)),
-    ("t4", GpuSpec("T4", None, None, 8.1 * _T, 320 * _GB, 0.35)),
-    ("mi300x", GpuSpec("MI300X", 1307 * _T, 2615 * _T, 163 * _T, 5.3 * _TB, 2.5)),
+    ("gb200", GpuSpec("GB200", 2500 * _T, 5000 * _T, 80 * _T, 6.5)),
+    ("b200", GpuSpec("B200", 2250 * _T, 4500 * _T, 75 * _T, 5.0)),
+    ("gh200", GpuSpec("GH200", 989 * _T, 1979 * _T, 67 * _T, 2.5)),
+    ("h200 nvl", GpuSpec("H200 NVL", 835 * _T, 1671 * _T, 60 * _T, 3.2)),
+    ("h200", GpuSpec("H200", 989 * _T, 1979 * _T, 67 * _T, 3.5)),
+    ("h100 nvl", GpuSpec("H100 NVL", 835 * _T, 1671 * _T, 60 * _T, 2.8)),
+    ("h100 pcie", GpuSpec("H100 PCIe", 756 * _T, 1513 * _T, 51 * _T, 2.4)),
+    ("h100", GpuSpec("H100 SXM", 989 * _T, 1979 * _T, 67 * _T, 3.0)),
+    ("a100 40gb", GpuSpec("A100 40GB", 312 * _T, None, 19.5 * _T, 1.3)),
+    ("a100 pcie", GpuSpec("A100 80GB PCIe", 312 * _T, None, 19.5 * _T, 1.6)),
+    ("a100", GpuSpec("A100 80GB SXM", 312 * _T, None, 19.5 * _T, 1.8)),
+    ("l40s", GpuSpec("L40S", 362 * _T, 733 * _T, 91.6 * _T, 1.0)),
+    ("l40", GpuSpec("L40", 181 * _T, 362 * _T, 90.5 * _T, 0.9)),
+    ("l4", GpuSpec("L4", 121 * _T, 242 * _T, 30.3 * _T, 0.7)),
+    ("a10g", GpuSpec("A10G", 70 * _T, None, 35 * _T, 1.0)),
+    ("a10", GpuSpec("A10", 125 * _T, None, 31.2 * _T, 0.75)),
+    ("rtx 6000 ada", GpuSpec("RTX 6000 Ada", 364 * _T, 728 * _T, 91.1 * _T, 0.8)),
+    ("rtx 5090", GpuSpec("RTX 5090", 209 * _T, 419 * _T, 105 * _T, 0.7)),
+    ("rtx 4090", GpuSpec("RTX 4090", 165 * _T, 330 * _T, 82.6 * _T, 0.5)),
+    ("rtx 3090", GpuSpec("RTX 3090", 71 * _T, None, 35.6 * _T, 0.3)),
+    ("v100", GpuSpec("V100", None, None, 15.7 * _T, 0.55)),
+    ("t4", GpuSpec("T4", None, None, 8.1 * _T, 0.35)),
+    ("mi300x", GpuSpec("MI300X", 1307 * _T, 2615 * _T, 163 * _T, 2.5)),
 )
 # These make another chip, or a part of one, out of a name in the table; no figure is better than a wrong one.
 _OTHER_CHIP = frozenset({"mig", "laptop", "ti", "d", "super", "max"})

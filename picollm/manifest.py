@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from picollm.errors import HostError, IntegrityError, MissingArtifact
-from picollm.run_dir import SCHEMA, RunDir, check_schema, read_json, sha256_file, write_json
+from picollm.files import SCHEMA, check_schema, read_json, sha256_file, write_json
+from picollm.run_dir import RunDir
 
 Progress = Callable[[int, int], None]
 

@@ -1,4 +1,4 @@
-"""Every path under the base directory, atomic writes, hashes, locks and stage records.
+"""Every path under the base directory, and the records of stages.
 
 A run is a folder of stage folders. A stage is done when its `STAGE.json`, written last, matches its inputs.
 """
@@ -6,23 +6,23 @@ A run is a folder of stage folders. A stage is done when its `STAGE.json`, writt
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact
+from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact, did_you_mean
+from picollm.files import SCHEMA, disk_errors, free_name, read_fields, read_json, sha256_file, write_json
 
-SCHEMA = 1
 NAME_PATTERN = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 # The order in which later stages depend on earlier ones; readers of "the latest stage" walk it backwards.
 TRAINING_STAGES = ("pretrain", "sft", "rl")
+# `train/checkpoint_files.py` writes them; here because whether a stage has started depends on them.
+CHECKPOINT_PATTERN = re.compile(r"^step_([0-9]{6}|[1-9][0-9]{6,})$")
+CHECKPOINT_FILES = ("model.safetensors", "meta.json", "SHA256SUMS")
 
 
 def base_dir() -> Path:
@@ -65,166 +65,6 @@ def check_name(kind: str, name: str) -> str:
             hint=f"choose a name such as `my-{kind}`",
         )
     return name
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def sha256_file(path: Path) -> str:
-    """Hash of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    """Hash of a JSON value that does not depend on key order or white space."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Put a file's bytes, or a folder's list of names, on the disk: a rename alone may not survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a write into a HostError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        raise HostError(
-            f"cannot write `{path}`",
-            cause=error.strerror or str(error),
-            hint="free room or set PICOLLM_BASE_DIR to a directory you can write; `picollm doctor` checks both",
-        ) from error
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file or nothing: temporary name, fsync, rename, fsync of the folder.
-
-    Raises:
-        HostError: the directory cannot be written or the disk is full.
-    """
-    data = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_path(path.parent)
-
-
-def free_name(path: Path) -> Path:
-    """`path` where nothing has that name yet, else the first of `path~2`, `path~3`, … that is free."""
-    candidate, serial = path, 1
-    while candidate.exists():
-        serial += 1
-        candidate = path.with_name(f"{path.name}~{serial}")
-    return candidate
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file for people and programs; whole or not at all, as `write_atomic`."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path, *, hint: str = "restore it from a copy, or start a new run with `--run NAME`") -> Any:
-    """Parse a JSON file of ours.
-
-    Args:
-        hint: what to do when it is torn.
-
-    Raises:
-        IntegrityError: it is not JSON (torn or edited by hand).
-        FileNotFoundError: there is no such file; callers know which command makes it.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise IntegrityError(f"`{path}` is not readable JSON", cause=str(error), hint=hint) from error
-
-
-def check_schema(path: Path, value: Any) -> dict[str, Any]:
-    """Refuse a file written by a picollm with another layout of its files.
-
-    Raises:
-        IntegrityError: `schema` is missing or not ours.
-    """
-    found = value.get("schema") if isinstance(value, dict) else None
-    if found != SCHEMA:
-        raise IntegrityError(
-            f"`{path}` was written by another version of picollm",
-            cause=f"its schema is {found!r}, this version reads {SCHEMA}",
-            hint="use the picollm that made it, or start a new run with `--run NAME`",
-        )
-    return value
-
-
-def read_fields(path: Path, fields: dict[str, type], *, hint: str) -> dict[str, Any]:
-    """Read a JSON object of ours that holds certain fields; it may hold more.
-
-    Args:
-        fields: name -> type of the value as JSON gives it (dict, list, str, int).
-        hint: what to do when it is torn or was edited.
-
-    Raises:
-        IntegrityError: torn, of another version, or a field is missing or of another type.
-        FileNotFoundError: there is no such file.
-    """
-    value = check_schema(path, read_json(path, hint=hint))
-    for name, kind in fields.items():
-        if not isinstance(value.get(name), kind):
-            found = f"of type {type(value[name]).__name__}" if name in value else "missing"
-            raise IntegrityError(f"`{path}` is torn or was edited", cause=f"its field `{name}` is {found}", hint=hint)
-    return value
-
-
-# -- locks ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def hold_lock(path: Path, what: str, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold an advisory lock for the life of the block; the kernel drops it when the process dies.
-
-    Raises:
-        HostError: another process holds it after `wait_s`; its pid is named.
-    """
-    import filelock
-
-    owner = path.with_name(path.name + ".owner")
-    lock = filelock.FileLock(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=wait_s)
-        except filelock.Timeout:
-            pid = owner.read_text().strip() if owner.exists() else "unknown"
-            raise HostError(
-                f"{what} is in use by another process",
-                cause=f"process {pid} holds `{path}`",
-                hint=f"wait for it or stop it (`kill {pid}`), then run the same command again",
-            ) from None
-        try:
-            owner.write_text(f"{os.getpid()}\n")
-        except BaseException:
-            lock.release()
-            raise
-    try:
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -317,8 +157,22 @@ class StageDir:
             config["runtime"] = config["runtime"] | (changed if isinstance(changed, dict) else {})
         return config
 
+    def finished_steps(self) -> list[int]:
+        """Steps of the checkpoints that were committed, ascending; some may have been damaged since.
+
+        A folder that only has the name of one and none of its files is not a checkpoint.
+        """
+        if not self.checkpoints.is_dir():
+            return []
+        named = {path: CHECKPOINT_PATTERN.match(path.name) for path in self.checkpoints.iterdir()}
+        return sorted(
+            int(match[1])
+            for path, match in named.items()
+            if match and any((path / name).is_file() for name in CHECKPOINT_FILES)
+        )
+
     def has_checkpoint(self) -> bool:
-        return self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*[0-9]"))
+        return bool(self.finished_steps())
 
     def is_started(self) -> bool:
         """True when something is there that its recipe decided."""
@@ -453,6 +307,19 @@ class RunDir:
             hint="restore it from a copy, or start a new run with `--run NAME`",
         )
 
+    def dataset_hashes(self) -> set[str]:
+        """sha256 of every dataset that a stage of this run was prepared with, the tokenizer included.
+
+        Raises:
+            IntegrityError: a stage's config or record is torn, or of another version.
+        """
+        tokenizer = StageDir(self.tokenizer).record() or {"inputs": {}}
+        found = set(tokenizer["inputs"].values())
+        for stage in map(self.stage, TRAINING_STAGES):
+            if stage.config_path.is_file():
+                found |= {source["sha256"] for source in stage.read_config()["recipe"].get("data", [])}
+        return found
+
     def latest_trained_stage(self) -> StageDir:
         """The furthest training stage that has finished: what `chat` and `eval` use unless told.
 
@@ -510,8 +377,6 @@ def find_run(name: str | None) -> RunDir:
     Raises:
         MissingArtifact: there is none, or none of that name.
     """
-    from picollm.errors import nearest
-
     name = name or os.environ.get("PICOLLM_RUN") or None
     if name is None:
         if runs := list_runs():
@@ -523,10 +388,11 @@ def find_run(name: str | None) -> RunDir:
         )
     run = run_named(name)
     if not run.exists():
-        close = nearest(name, [known.name for known in list_runs()])
         raise MissingArtifact(
             f"there is no run `{name}`",
             cause=f"`{run.config_path}` does not exist",
-            hint=f"did you mean `--run {close}`?" if close else "list them with `picollm runs`",
+            hint=did_you_mean(
+                name, [known.name for known in list_runs()], "--run ", otherwise="list them with `picollm runs`"
+            ),
         )
     return run

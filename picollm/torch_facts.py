@@ -17,8 +17,9 @@ from typing import Any
 
 from picollm import __version__
 from picollm.errors import HostError, PicollmError
+from picollm.files import read_json, sha256_json, write_json
 from picollm.hardware import Machine
-from picollm.run_dir import base_dir, read_json, sha256_json, write_json
+from picollm.run_dir import base_dir
 
 CACHE_NAME = "machine.json"
 # A cold disk needs tens of seconds to load a CUDA build of torch.

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 from picollm.errors import ConfigError, Interrupted, OutOfMemory, PicollmError, first_line
 from picollm.events import EventWriter, attempts
-from picollm.run_dir import StageDir, hold_lock
+from picollm.locks import hold_lock
+from picollm.run_dir import StageDir
 
 LOOK_EVERY_S = 1.0
 

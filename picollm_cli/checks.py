@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from picollm.errors import ConfigError, PicollmError, nearest
+from picollm.errors import ConfigError, PicollmError, did_you_mean
+from picollm.units import duration, size
 from picollm_cli import machine_checks as machine
-from picollm_cli.inspection import Check, Inspection, duration, gib
+from picollm_cli.inspection import Check, Inspection
 
 LONG_RUN_S = 24 * 3600
 
@@ -54,8 +55,8 @@ def check_plan_memory(at: Inspection) -> Check:
     room, where = at.machine.memory_bytes, "memory"
     if plan.device == "cuda":
         room, where = min(gpu.memory_bytes for gpu in at.machine.gpus), "GPU memory"
-    size = f"{plan.params.total / 1e6:.1f} M parameters"
-    detail = f"{at.subject} ({size}) needs {gib(plan.memory_bytes)} of {gib(room)} {where}"
+    params = f"{plan.params.total / 1e6:.1f} M parameters"
+    detail = f"{at.subject} ({params}) needs {size(plan.memory_bytes)} of {size(room)} {where}"
     if plan.memory_bytes > room:
         fix = "choose a smaller preset such as `--preset demo`, a smaller `model.depth` or a shorter row"
         return Check("plan.memory", "block", detail, fix)
@@ -65,7 +66,8 @@ def check_plan_memory(at: Inspection) -> Check:
 def check_plan_time(at: Inspection) -> Check:
     plan = at.plan
     longest = max(plan.stages, key=lambda stage: stage.time_s)
-    detail = f"about {duration(plan.time_s)} for {at.subject}, {duration(longest.time_s)} of it `{longest.name}`"
+    whole, part = duration(round(plan.time_s)), duration(round(longest.time_s))
+    detail = f"about {whole} for {at.subject}, {part} of it `{longest.name}`"
     if plan.money_usd is not None:
         from picollm.hardware import PRICES_AS_OF
 
@@ -108,11 +110,12 @@ def select(ids: Sequence[str]) -> list[str]:
     """
     for name in ids:
         if name not in CHECKS:
-            close = nearest(name, list(CHECKS))
             raise ConfigError(
                 f"there is no check `{name}`",
                 cause=f"checks are {', '.join(f'`{known}`' for known in CHECKS)}",
-                hint=f"did you mean `picollm doctor {close}`?" if close else "list them with `picollm doctor --list`",
+                hint=did_you_mean(
+                    name, list(CHECKS), "picollm doctor ", otherwise="list them with `picollm doctor --list`"
+                ),
             )
     return [name for name in CHECKS if not ids or name in ids]
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from picollm.units import duration, size
 from picollm_cli.console import Output
-from picollm_cli.inspection import gib
 from picollm_cli.launch_line import Launch, launch_command
 from picollm_cli.prepare import Prepared, plan_of
 
@@ -23,7 +23,6 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
     """
     from picollm.config.keys import flatten
     from picollm.hardware import detect
-    from picollm.report.text import duration
 
     run = prepared.run
     plan = plan_of(prepared, ranks=launch.ranks)
@@ -55,8 +54,8 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
         f" ({plan.threads_reason})",
         "dtype": f"{plan.dtype} ({plan.dtype_reason})",
         "attention": f"{plan.attention} ({plan.attention_reason})",
-        "memory": f"about {gib(plan.memory_bytes)} in the largest process",
-        "disk": f"about {gib(plan.disk_bytes)}",
+        "memory": f"about {size(plan.memory_bytes)} in the largest process",
+        "disk": f"about {size(plan.disk_bytes)}",
         "time": f"about {duration(round(plan.time_s))} on an idle machine",
         "money": money,
     }
@@ -65,8 +64,8 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
     out.print("Stages", style="name")
     stages = {}
     for part in plan.stages:
-        size = f"  {part.steps:,} steps, {part.tokens:,} tokens" if part.steps and part.tokens else ""
-        stages[part.name] = f"{duration(round(part.time_s)):>12}{size}"
+        work = f"  {part.steps:,} steps, {part.tokens:,} tokens" if part.steps and part.tokens else ""
+        stages[part.name] = f"{duration(round(part.time_s)):>12}{work}"
     out.print(_two_columns(stages))
     out.print()
     out.print("Launch", style="name")

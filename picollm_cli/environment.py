@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from picollm.run_dir import SCHEMA
+from picollm.files import SCHEMA
 
 _SECRET_NAME = re.compile(r"(?i)(^|[-_.])(token|secret|password|passwd|api[-_]?key|credentials?)$")
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")

@@ -140,22 +140,8 @@ class Inspection:
 # -- words for numbers ------------------------------------------------------------------------------------------------
 
 
-def gib(num_bytes: float) -> str:
-    """Memory or disk: `1.5 GiB`, `780 MiB`."""
-    size = num_bytes / 2**30
-    return f"{size:,.0f} GiB" if size >= 100 else f"{size:.1f} GiB" if size >= 1 else f"{num_bytes / 2**20:.0f} MiB"
-
-
 def rate_text(rate: float | None) -> str:
     """A rate of arithmetic: `85 GFLOP/s`; None is a type that does not run."""
     if rate is None:
         return "does not run"
     return f"{rate / 1e12:.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:.0f} GFLOP/s"
-
-
-def duration(seconds: float) -> str:
-    """A length of time to one or two digits: `2.4 hours`."""
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -18,7 +18,9 @@ from typing import Any
 from picollm import errors
 from picollm.errors import HostError, Interrupted, PicollmError, WorkerError
 from picollm.events import EventFollower
-from picollm.run_dir import StageDir, disk_errors, hold_lock, read_json, sha256_json
+from picollm.files import disk_errors, read_json, sha256_json
+from picollm.locks import hold_lock
+from picollm.run_dir import StageDir
 from picollm_cli.console import Output
 from picollm_cli.launch_line import Launch, launch_command
 from picollm_cli.live import StageView
@@ -223,9 +225,7 @@ def _signal_name(number: int) -> str:
 
 def _saved_step(stage: StageDir) -> int:
     """Step of the newest checkpoint, 0 without one."""
-    from picollm.train.checkpoint_files import finished_steps
-
-    return max(finished_steps(stage), default=0)
+    return max(stage.finished_steps(), default=0)
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
-from picollm.errors import ConfigError, nearest
+from picollm.errors import ConfigError, did_you_mean
 from picollm.run_dir import StageDir
 
 
@@ -40,11 +40,10 @@ def parse_launch(text: str | None) -> Launch:
         if not equals or not value:
             raise ConfigError(f"`--launch {text}` cannot be read", cause=f"`{part}` is not `key=value`", hint=hint)
         if key not in known:
-            close = nearest(key, known)
             raise ConfigError(
                 f"`--launch` knows no `{key}`",
                 cause=f"keys are {', '.join(f'`{name}`' for name in known)}",
-                hint=f"did you mean `{close}`?" if close else hint,
+                hint=did_you_mean(key, known, otherwise=hint),
             )
         if key == "rdzv":
             values[key] = value

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from picollm.events import Event
+from picollm.units import duration, size
 from picollm_cli.console import PLAIN_LINE_EVERY_S, Output
 
 if TYPE_CHECKING:
@@ -18,13 +19,6 @@ REDRAW_EVERY_S = 0.25
 LOSS_SMOOTHING = 0.9
 # Step events over which the pace behind "time left" is measured.
 PACE_STEPS = 50
-
-
-def duration(seconds: float) -> str:
-    """`0:12`, `3:05`, `2:03:04`."""
-    minutes, seconds = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _one_line(text: object, longest: int = 100) -> str:
@@ -72,12 +66,12 @@ class Progress:
         return (self.total - self.step) * sum(self._pace) / len(self._pace)
 
     def figures(self) -> str:
-        """`loss 2.31  16,004 tok/s  0.61 GiB  0:12 left`, as far as known."""
+        """`loss 2.31  16,004 tok/s  625 MiB  12 s left`, as far as known."""
         parts = [
             None if self.loss is None else f"loss {self.loss:.3f}",
             None if not self.tokens_per_s else f"{self.tokens_per_s:,.0f} tok/s",
-            None if not self.mem_gib else f"{self.mem_gib:.2f} GiB",
-            None if not self.left_s else f"{duration(self.left_s)} left",
+            None if not self.mem_gib else size(self.mem_gib * 2**30),
+            None if not self.left_s else f"{duration(round(self.left_s))} left",
         ]
         return "  ".join(part for part in parts if part)
 
@@ -156,7 +150,7 @@ class StageView:
             self._say_line()
 
     def _say_line(self) -> None:
-        running = f"{self.title}: running for {duration(time.monotonic() - self._started)}"
+        running = f"{self.title}: running for {duration(round(time.monotonic() - self._started))}"
         line = self.progress.line(self.title) if self.progress.step else running
         if line != self._said:
             self._said = line
@@ -170,6 +164,8 @@ class StageView:
         progress = self.progress
         grid = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=progress.total, completed=progress.step, width=30, pulse=not progress.total)
-        count = f"{progress.step:,}/{progress.total:,}" if progress.total else duration(self._drawn - self._started)
+        count = (
+            f"{progress.step:,}/{progress.total:,}" if progress.total else duration(round(self._drawn - self._started))
+        )
         grid.add_row(self.title, bar, count, progress.figures())
         self._live.update(grid, refresh=True)

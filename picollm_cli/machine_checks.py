@@ -7,7 +7,8 @@ import sys
 from typing import Any
 
 from picollm.errors import HostError, first_line
-from picollm_cli.inspection import Check, Inspection, gib, rate_text
+from picollm.units import size
+from picollm_cli.inspection import Check, Inspection, rate_text
 
 DISTRIBUTION = "picollm-cli"
 # Distributions whose import name is not their own with `_` for `-`.
@@ -138,7 +139,7 @@ def check_device(at: Inspection) -> Check:
     gpu = machine.gpus[0]
     spec = gpu_spec(gpu.name)
     peak = f", {spec.peak_flops('bfloat16') / 1e12:.0f} TFLOP/s at best" if spec else ""
-    detail = f"{len(machine.gpus)} x {gpu.name}, {gib(gpu.memory_bytes)}{peak}, driver {gpu.driver}"
+    detail = f"{len(machine.gpus)} x {gpu.name}, {size(gpu.memory_bytes)}{peak}, driver {gpu.driver}"
     cuda = at.torch["cuda"]
     if not cuda["available"]:
         why = "this torch is a CPU build" if at.torch["build"] == "cpu" else cuda["reason"]
@@ -212,19 +213,19 @@ def check_cores(at: Inspection) -> Check:
 
 def check_memory(at: Inspection) -> Check:
     machine = at.machine
-    detail = f"{gib(machine.available_bytes)} of {gib(machine.memory_bytes)} available"
+    detail = f"{size(machine.available_bytes)} of {size(machine.memory_bytes)} available"
     if machine.memory_bytes < LEAST_MEMORY_BYTES:
         return Check(
             "memory",
             "block",
-            f"{detail}; the smallest preset needs {gib(LEAST_MEMORY_BYTES)}",
+            f"{detail}; the smallest preset needs {size(LEAST_MEMORY_BYTES)}",
             "use a larger machine or raise the container's memory limit",
         )
     if at.plan.device == "cpu" and machine.available_bytes < at.plan.memory_bytes:
         return Check(
             "memory",
             "warn",
-            f"{detail} now; {at.subject} needs {gib(at.plan.memory_bytes)}",
+            f"{detail} now; {at.subject} needs {size(at.plan.memory_bytes)}",
             "close other programs before you start",
         )
     return Check("memory", "ok", detail)
@@ -237,7 +238,7 @@ def check_disk_room(at: Inspection) -> Check:
 
     need = disk_needed(at.plan, at.run)
     free = disk_free(base_dir())
-    detail = f"{gib(free)} free, {at.subject} needs {gib(need)}"
+    detail = f"{size(free)} free, {at.subject} needs {size(need)}"
     if free < need:
         return Check("disk.room", "block", detail, "free room, or set PICOLLM_BASE_DIR to a larger disk")
     if free < need + LEAST_DISK_BYTES:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from picollm.errors import ConfigError, HostError, MissingArtifact
 from picollm.events import EventWriter
-from picollm.run_dir import SCHEMA, RunDir, expand, find_run, hold_lock, run_named, write_json
+from picollm.files import SCHEMA, write_json
+from picollm.locks import hold_lock
+from picollm.run_dir import RunDir, expand, find_run, run_named
+from picollm.units import size
 from picollm_cli.console import Output
 
 if TYPE_CHECKING:
@@ -115,7 +118,7 @@ def open_run(
         force: stages that start over; their folders move to `old/` first.
 
     Raises:
-        ConfigError, MissingArtifact, IntegrityError: as in `resolve_run`.
+        ConfigError, MissingArtifact, IntegrityError: as in `resolve_run`; or a new run's dataset is not there.
         HostError: as in `check_host`, or another command holds the run.
     """
 
@@ -124,6 +127,8 @@ def open_run(
 
     # Everything that can be refused is refused before the lock file makes the folder.
     prepared = resolve()
+    if prepared.new:
+        _check_datasets(prepared)
     check_host(out, prepared, ranks=ranks, yes=yes)
     with using_run(prepared.run):
         prepared = resolve()
@@ -131,6 +136,16 @@ def open_run(
             out.note(f"moved aside: `{moved.relative_to(prepared.run.path)}`")
         store_run(prepared)
         yield prepared
+
+
+def _check_datasets(prepared: Prepared) -> None:
+    """Raises MissingArtifact or IntegrityError for the first dataset that a new run cannot be trained on."""
+    from picollm.data.datasets import TOY_NAMES, Dataset
+
+    config = prepared.config
+    for name in (config.data.dataset, *(part.dataset for part in config.sft.mix)):
+        if name not in TOY_NAMES:  # those are generated when they are needed
+            Dataset.open(name)
 
 
 def store_run(prepared: Prepared) -> None:
@@ -234,18 +249,17 @@ def check_host(out: Output, prepared: Prepared, *, ranks: int = 1, yes: bool = F
     if (free := disk_free(run.path)) < needed:
         raise HostError(
             f"run `{run.name}` does not fit on the disk",
-            cause=f"it needs about {needed / 2**30:.2f} GiB under `{run.base}`, where {free / 2**30:.2f} GiB are free",
+            cause=f"it needs about {size(needed)} under `{run.base}`, where {size(free)} are free",
             hint="free room, or set PICOLLM_BASE_DIR to a directory on a larger disk",
         )
     room = min((gpu.memory_bytes for gpu in machine.gpus), default=machine.memory_bytes // ranks)
     if plan.memory_bytes > room:
         question = (
-            f"a training process needs about {plan.memory_bytes / 2**30:.1f} GiB of memory and "
-            f"{room / 2**30:.1f} GiB are there; go on?"
+            f"a training process needs about {size(plan.memory_bytes)} of memory and {size(room)} are there; go on?"
         )
         if not out.confirm(question, yes=yes):
             raise HostError(
                 f"run `{run.name}` does not fit in memory",
-                cause=f"about {plan.memory_bytes / 2**30:.1f} GiB are needed, {room / 2**30:.1f} GiB are there",
+                cause=f"about {size(plan.memory_bytes)} are needed, {size(room)} are there",
                 hint="lower `model.depth` or `train.device_batch_size`",
             )

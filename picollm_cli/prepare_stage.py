@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from picollm.errors import ConfigError, MissingArtifact
-from picollm.run_dir import SCHEMA, RunDir, StageDir, disk_errors, write_json
+from picollm.files import SCHEMA, disk_errors, write_json
+from picollm.run_dir import RunDir, StageDir
 from picollm_cli.console import Output
 from picollm_cli.prepare import Prepared, note
 
@@ -175,7 +176,7 @@ def require_trained(run: RunDir, name: str) -> StageDir:
 def _dataset(name: str, kind: str, key: str, run: RunDir) -> Dataset:
     from picollm.data.datasets import ensure
 
-    dataset = ensure(name)
+    dataset = ensure(name, keep=run.dataset_hashes())
     if dataset.kind != kind:
         raise ConfigError(
             f"`{key}` cannot be `{name}`",

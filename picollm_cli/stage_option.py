@@ -27,16 +27,15 @@ def choose_stage(run: RunDir, name: str | None) -> StageDir:
         ConfigError: there is no training stage of that name.
         MissingArtifact: none has finished.
     """
-    from picollm.errors import ConfigError, nearest
+    from picollm.errors import ConfigError, did_you_mean
     from picollm.run_dir import TRAINING_STAGES
 
     if name is None:
         return run.latest_trained_stage()
     if name not in TRAINING_STAGES:
-        close = nearest(name, list(TRAINING_STAGES))
         raise ConfigError(
             f"`{name}` is not a training stage",
             cause=f"training stages are {', '.join(f'`{known}`' for known in TRAINING_STAGES)}",
-            hint=f"did you mean `--stage {close}`?" if close else None,
+            hint=did_you_mean(name, list(TRAINING_STAGES), "--stage "),
         )
     return run.stage(name)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from picollm.config.keys import flatten, nest
 from picollm.config.presets import PRESETS
 from picollm.config.schema import RUNTIME_KEYS, RunConfig
-from picollm.errors import ConfigError, IntegrityError, nearest
+from picollm.errors import ConfigError, IntegrityError, did_you_mean, nearest
 
 ENV_PREFIX = "PICOLLM_"
 # Variables of picollm that are not config keys.
@@ -64,11 +64,10 @@ def resolve(
     layers = []
     if preset is not None:
         if preset not in PRESETS:
-            close = nearest(preset, list(PRESETS))
             raise ConfigError(
                 f"unknown preset `{preset}`",
                 cause=f"presets are {', '.join(f'`{name}`' for name in PRESETS)}",
-                hint=f"did you mean `--preset {close}`?" if close else "choose one of them",
+                hint=did_you_mean(preset, list(PRESETS), "--preset ", otherwise="choose one of them"),
             )
         layers.append(_Layer(f"preset {preset}", PRESETS[preset].values))
     user = user_config_path(environ)
@@ -232,11 +231,10 @@ def _is_section(annotation: Any) -> bool:
 def _check_section(name: str, source: str) -> None:
     sections = [key for key, field in RunConfig.model_fields.items() if _is_section(field.annotation)]
     if name not in sections:
-        close = nearest(name, sections)
         raise ConfigError(
             f"unknown section `{name}`",
             cause=f"set by {_tick(source)}; sections are {', '.join(f'`{section}`' for section in sections)}",
-            hint=f"did you mean `{close}`?" if close else f"`{LIST_KEYS}` prints every key",
+            hint=did_you_mean(name, sections, otherwise=f"`{LIST_KEYS}` prints every key"),
         )
 
 
@@ -305,11 +303,12 @@ def _translate(error: ValidationError, sources: Mapping[str, str]) -> ConfigErro
     if kind == "extra_forbidden":
         from picollm.config.sft import SftSource
 
-        close = nearest(str(detail["loc"][-1]), list(SftSource.model_fields))
         return ConfigError(
             f"unknown key `{key}`",
             cause=f"set by {_tick(source)}",
-            hint=f"did you mean `{close}`?" if close else "keys are `dataset` and `weight`",
+            hint=did_you_mean(
+                str(detail["loc"][-1]), list(SftSource.model_fields), otherwise="keys are `dataset` and `weight`"
+            ),
         )
     if kind == "missing":
         return ConfigError(

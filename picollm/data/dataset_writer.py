@@ -17,16 +17,8 @@ from picollm import __version__
 from picollm.data.conversations import Conversation
 from picollm.data.datasets import RECORD_NAME, SPLITS, Dataset, Kind, ShardFile, Split
 from picollm.errors import ConfigError
-from picollm.run_dir import (
-    SCHEMA,
-    check_name,
-    datasets_dir,
-    disk_errors,
-    free_name,
-    fsync_path,
-    sha256_file,
-    write_json,
-)
+from picollm.files import SCHEMA, disk_errors, free_name, fsync_path, sha256_file, write_json
+from picollm.run_dir import check_name, datasets_dir
 
 ROW_GROUP_ROWS = 1024
 # A row group is also closed by size, so that a thousand huge documents are never in memory together.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Any, Literal
 from picollm.data.conversations import Conversation
 from picollm.data.documents import Documents
 from picollm.errors import ConfigError, IntegrityError, MissingArtifact, PicollmError, nearest
-from picollm.run_dir import NAME_PATTERN, SCHEMA, check_name, datasets_dir, hold_lock, read_json, sha256_file
+from picollm.files import SCHEMA, read_json, sha256_file
+from picollm.locks import hold_lock
+from picollm.run_dir import NAME_PATTERN, check_name, datasets_dir
 
 Kind = Literal["text", "conversations"]
 Split = Literal["train", "validation"]
@@ -290,31 +292,34 @@ def _toy_source(name: str) -> dict[str, Any]:
     return {"generator": "picollm.data.toy_world", "seed": TOY_SEED, "fingerprint": digest.hexdigest()}
 
 
-def _toy_is_intact(name: str, base: Path | None) -> bool:
+def _toy_is_intact(name: str, base: Path | None, keep: Collection[str]) -> bool:
     try:
         dataset = Dataset.open(name, base)
         dataset.check_sizes()
     except PicollmError:
         return False
-    return dataset.source == _toy_source(name)
+    return dataset.sha256 in keep or dataset.source == _toy_source(name)
 
 
-def ensure_toy_world(base: Path | None = None) -> None:
+def ensure_toy_world(base: Path | None = None, *, keep: Collection[str] = ()) -> None:
     """Generate the datasets `toy-world` and `toy-world-chat` unless both are there and intact.
 
-    Cheap when they are: records, file sizes and a hash of the first rows. Damaged ones are made again. Processes that
-    call this at the same time wait for one another.
+    Cheap when they are: records, file sizes and a hash of the first rows. Damaged ones are made again, and those of an
+    older generator. Processes that call this at the same time wait for one another.
+
+    Args:
+        keep: hashes of datasets that a run was prepared with: they stay, whatever generator made them.
 
     Raises:
         HostError: the base directory cannot be written.
     """
     from picollm.data.dataset_writer import DatasetWriter
 
-    if all(_toy_is_intact(name, base) for name in TOY_NAMES):
+    if all(_toy_is_intact(name, base, keep) for name in TOY_NAMES):
         return
     with hold_lock(datasets_dir(base) / ".toy-world.lock", "the toy world", wait_s=300):
         for name in TOY_NAMES:
-            if _toy_is_intact(name, base):
+            if _toy_is_intact(name, base, keep):
                 continue
             with DatasetWriter(name, base) as writer:
                 writer.start("text" if name == TOY_WORLD else "conversations")
@@ -325,12 +330,15 @@ def ensure_toy_world(base: Path | None = None) -> None:
                 writer.publish(_toy_source(name), existing="delete")
 
 
-def ensure(name: str, base: Path | None = None) -> Dataset:
+def ensure(name: str, base: Path | None = None, *, keep: Collection[str] = ()) -> Dataset:
     """Open a dataset; the toy world's are generated first when they are not there.
+
+    Args:
+        keep: as in `ensure_toy_world`.
 
     Raises:
         MissingArtifact, IntegrityError: as `Dataset.open`.
     """
     if name in TOY_NAMES:
-        ensure_toy_world(base)
+        ensure_toy_world(base, keep=keep)
     return Dataset.open(name, base)

@@ -18,8 +18,10 @@ from picollm.data.dataset_writer import DatasetWriter, conversation_line, name_t
 from picollm.data.datasets import TOY_NAMES, Dataset, Kind
 from picollm.data.readers import Record, SourceFile, find_files, read_records
 from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact
+from picollm.files import sha256_file
 from picollm.hardware import disk_free
-from picollm.run_dir import check_name, datasets_dir, sha256_file
+from picollm.run_dir import check_name, datasets_dir
+from picollm.units import size
 
 SPLIT_SALT = b"picollm validation split 1\0"
 _HASH_RANGE = 1 << 64
@@ -231,7 +233,7 @@ def _check_room(files: list[SourceFile], folder: Path) -> None:
     if (free := disk_free(folder)) < needed:
         raise HostError(
             f"not enough room for the dataset under `{folder}`",
-            cause=f"it needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            cause=f"it needs about {size(needed)}, {size(free)} are free",
             hint="free some, or set PICOLLM_BASE_DIR to a larger disk",
         )
 

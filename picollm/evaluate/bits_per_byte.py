@@ -90,7 +90,8 @@ def evaluate(
         T: tokens per piece; a token sees bos and the tokens before it in its piece.
         batch_size: rows per forward pass, fewer where they would be more than PASS_TOKENS.
         max_tokens: tokens to score; None scores all.
-        on_progress: called with the tokens scored so far after each batch; what it raises ends the pass.
+        on_progress: called with the documents scored so far after each batch, by their share of a window's tokens since
+            rows are not scored in order; what it raises ends the pass.
 
     Raises:
         ConfigError: the documents hold no byte.
@@ -103,7 +104,9 @@ def evaluate(
     source = rows(tokenizer, documents, T, max_tokens)
     batch_size = max(1, min(batch_size, PASS_TOKENS // T))
     while window := list(islice(source, WINDOW_ROWS)):
-        grow = window[-1][0] + 1 - len(nats)
+        before, passed = len(nats), 0
+        grow = window[-1][0] + 1 - before
+        window_tokens = sum(len(row) - 1 for _, row in window)
         nats += [0.0] * grow
         num_bytes += [0] * grow
         window.sort(key=lambda entry: len(entry[1]))
@@ -120,7 +123,8 @@ def evaluate(
                 num_bytes[document] += row_bytes
             tokens += int((targets >= 0).sum())
             if on_progress is not None:
-                on_progress(tokens)
+                passed += sum(len(row) - 1 for _, row in batch)
+                on_progress(before + grow * passed // window_tokens)
     if not sum(num_bytes):
         raise ConfigError("there is no text to measure bits per byte on", cause="the documents hold no byte")
     bpb, stderr = _ratio(nats, num_bytes)

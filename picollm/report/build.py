@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from picollm.events import read_events
+from picollm.files import write_atomic, write_json
 from picollm.report.collect import Figures, collect, curve
 from picollm.report.markdown import render
-from picollm.run_dir import RunDir, write_atomic, write_json
+from picollm.run_dir import RunDir
 
 PLOT = "plots/loss.png"
 

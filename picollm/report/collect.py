@@ -13,7 +13,8 @@ from typing import Any
 
 from picollm.errors import IntegrityError, MissingArtifact
 from picollm.events import Event, attempts, read_all, read_events
-from picollm.run_dir import SCHEMA, TRAINING_STAGES, RunDir, StageDir, datasets_dir, read_json
+from picollm.files import SCHEMA, read_json
+from picollm.run_dir import TRAINING_STAGES, RunDir, StageDir, datasets_dir
 from picollm.train.checkpoint_files import checkpoint_dir, checkpoint_sha256, read_meta
 
 # Steps averaged for the loss at the end: one step's loss swings with its documents.
@@ -186,7 +187,7 @@ def _tokenizer(run: RunDir) -> Figures | None:
 
 def _sources(run: RunDir, sources: list[Figures]) -> list[Figures]:
     """What a recipe read, with the dataset's own account of itself where it still is what it was."""
-    from picollm.run_dir import sha256_file
+    from picollm.files import sha256_file
 
     found = []
     for source in sources:

@@ -9,7 +9,8 @@ from typing import Any
 
 from picollm.config.keys import flatten
 from picollm.report.plots import UNITS
-from picollm.report.text import ABSENT, cell, count, decimal, duration, listed, plain, short_hash, table
+from picollm.report.text import ABSENT, cell, count, decimal, listed, plain, short_hash, table
+from picollm.units import duration, size
 
 Figures = dict[str, Any]
 
@@ -54,8 +55,8 @@ def headline(figures: Figures) -> str:
         for name, stage in figures["stages"].items()
         if stage["steps"]
     ]
-    size = f"A model of {count(model['num_params'])} parameters from preset `{figures['preset']}`"
-    return f"{size}, {', then '.join(parts) or 'not trained yet'}."
+    lead = f"A model of {count(model['num_params'])} parameters from preset `{figures['preset']}`"
+    return f"{lead}, {', then '.join(parts) or 'not trained yet'}."
 
 
 def summary(figures: Figures) -> list[tuple[str, str]]:
@@ -65,8 +66,8 @@ def summary(figures: Figures) -> list[tuple[str, str]]:
         shape = f"{model['num_hidden_layers']} layers, width {model['hidden_size']:,}, {model['arch']}"
         rows.append(("Model", f"{model['num_params']:,} parameters, {shape}"))
     if tokenizer := figures["tokenizer"]:
-        size = f"{tokenizer['vocab_size']:,} tokens, " if "vocab_size" in tokenizer else ""
-        rows.append(("Tokenizer", f"{size}sha256 {short_hash(tokenizer['sha256'])}"))
+        tokens = f"{tokenizer['vocab_size']:,} tokens, " if "vocab_size" in tokenizer else ""
+        rows.append(("Tokenizer", f"{tokens}sha256 {short_hash(tokenizer['sha256'])}"))
     for name, stage in figures["stages"].items():
         rows.append((NAMES.get(name, name), _progress(stage)))
     for name, stage in figures["stages"].items():
@@ -76,7 +77,7 @@ def summary(figures: Figures) -> list[tuple[str, str]]:
         rows.append(("Compute type", f"{stages[0]['recipe']['dtype']}: {stages[0]['recipe']['dtype_reason']}"))
         rows.append(("Training time", _training_time(stages)))
         if peaks := [stage["peak_mem_gib"] for stage in stages if stage["peak_mem_gib"] is not None]:
-            rows.append(("Peak memory", f"{max(peaks):.2f} GiB in a training process"))
+            rows.append(("Peak memory", f"{size(max(peaks) * 2**30)} in a training process"))
         rows.append(("When", f"{stages[0]['started_at']} to {stages[-1]['ended_at']}"))
     if figures["wall_s"]:
         rows.append(("Time by stage", ", ".join(f"{name} {duration(s)}" for name, s in figures["wall_s"].items())))
@@ -224,11 +225,11 @@ def _environment(figures: Figures) -> list[str]:
 
 
 def _fact(key: str, value: Any) -> str:
-    """One fact of the environment: the command as it can be typed again, memory in GiB."""
+    """One fact of the environment: the command as it can be typed again, memory with its unit."""
     if key == "command" and isinstance(value, list):
         return f"`{shlex.join(value)}`"
     if key.endswith("_bytes") and isinstance(value, int):
-        return f"{value / 2**30:.1f} GiB"
+        return size(value)
     return plain(value)
 
 

@@ -20,19 +20,6 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds for reading: 42 s, 3 min 05 s, 2 h 10 min, 4 days 3 h."""
-    if seconds is None:
-        return ABSENT
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
-
-
 def decimal(value: float | None, digits: int) -> str:
     """A number with fixed digits; a dash where there is none."""
     return ABSENT if value is None else f"{value:.{digits}f}"

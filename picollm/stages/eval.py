@@ -18,9 +18,9 @@ from picollm.data.datasets import Dataset
 from picollm.errors import ConfigError, Interrupted
 from picollm.evaluate import bits_per_byte, chat, samples
 from picollm.evaluate.tasks import toy_world
+from picollm.files import SCHEMA, sha256_json, write_atomic, write_json
 from picollm.generate.engine import Engine
 from picollm.generate.session import TrainedModel, open_stage
-from picollm.run_dir import SCHEMA, sha256_json, write_atomic, write_json
 from picollm.stages.training import require_same
 from picollm.worker import Worker, run
 
@@ -50,17 +50,15 @@ def _bpb(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: Trai
     """Bits per byte of the validation split."""
     dataset = Dataset.open(recipe.data.dataset, base=worker.stage.run.base)
     require_same(worker, f"dataset `{dataset.name}`", dataset.sha256, recipe.data.sha256, hint=PREPARE_AGAIN)
-    documents, row = dataset.documents("validation"), trained.model.arch.max_position_embeddings
-    # Cutting the text a first time costs little beside the model, and gives progress an end.
-    total = sum(len(ids) - 1 for _, ids in bits_per_byte.rows(trained.tokenizer, documents, row, recipe.bpb_tokens))
+    documents = dataset.documents("validation")
     found = bits_per_byte.evaluate(
         trained.model,
         trained.tokenizer,
         documents,
-        row,
+        trained.model.arch.max_position_embeddings,
         runtime.batch_size,
         recipe.bpb_tokens,
-        on_progress=_progress(worker, total),
+        on_progress=_progress(worker, len(documents)),
     )
     worker.event("eval", step=recipe.step, name="bpb", value=found.bpb, stderr=found.stderr, n=found.documents)
     score = {
@@ -116,7 +114,7 @@ def _progress(worker: Worker, total: int) -> Callable[[int], None]:
     """Begin the stage; the callback tells how far it is, and ends it when a stop was asked for: nothing is kept.
 
     Args:
-        total: tokens or questions that will be done at the end.
+        total: documents or questions that will be done at the end; a limit in tokens may end it sooner.
     """
     worker.start(total_steps=total)
     told_at, told = time.monotonic(), 0

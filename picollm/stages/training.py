@@ -12,12 +12,12 @@ from picollm.config.recipe import TrainRecipe, TrainRuntime
 from picollm.data.datasets import Dataset
 from picollm.data.packing import Batches, Encode, RowPacker
 from picollm.errors import ConfigError, IntegrityError
+from picollm.files import sha256_json
 from picollm.model.gpt import GPT
 from picollm.plan import choose_attention
-from picollm.run_dir import sha256_json
 from picollm.tokenizer.tokenizer import Tokenizer
 from picollm.train import checkpoint
-from picollm.train.checkpoint_files import checkpoint_dir, finished_steps
+from picollm.train.checkpoint_files import checkpoint_dir
 from picollm.train.loop import Job, build_model, train
 from picollm.worker import Worker
 
@@ -101,7 +101,7 @@ def run_training(
         )
     attention, reason = choose_attention(worker.device.type, recipe.dtype, length, runtime.attention)
     model, optimizer = build_model(recipe, attention, worker.device)
-    if initialise is not None and not finished_steps(stage):
+    if initialise is not None and not stage.finished_steps():
         initialise(model)
     if runtime.compile:
         model.compile_blocks()

@@ -10,7 +10,8 @@ from picollm.config.schema import RunConfig
 from picollm.data import datasets
 from picollm.data.conversations import Conversation
 from picollm.errors import ConfigError
-from picollm.run_dir import RunDir, StageDir, sha256_file, sha256_json
+from picollm.files import sha256_file, sha256_json
+from picollm.run_dir import RunDir, StageDir
 from picollm.tokenizer.train import capped, train
 
 
@@ -33,7 +34,8 @@ def train_stage(
         MissingArtifact: the dataset does not exist.
         IntegrityError: a shard of it is not as recorded.
     """
-    sources = [datasets.ensure(config.data.dataset, base=run.base)]
+    used = run.dataset_hashes()
+    sources = [datasets.ensure(config.data.dataset, base=run.base, keep=used)]
     if sources[0].kind != "text":
         raise ConfigError(
             f"dataset `{sources[0].name}` holds {sources[0].kind}, not text",
@@ -41,7 +43,7 @@ def train_stage(
             hint="name a dataset of text with `--set data.dataset=NAME`; `picollm data list` shows the kinds",
         )
     if sources[0].name == datasets.TOY_WORLD:
-        sources.append(datasets.ensure(datasets.TOY_WORLD_CHAT, base=run.base))
+        sources.append(datasets.ensure(datasets.TOY_WORLD_CHAT, base=run.base, keep=used))
     wanted = config.tokenizer
     recipe = {
         "data": {source.name: source.sha256 for source in sources},

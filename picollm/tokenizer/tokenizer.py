@@ -14,7 +14,8 @@ from pathlib import Path
 import tokenizers
 
 from picollm.errors import IntegrityError, MissingArtifact
-from picollm.run_dir import StageDir, write_atomic, write_json
+from picollm.files import write_atomic, write_json
+from picollm.run_dir import StageDir
 from picollm.tokenizer.special import ASSISTANT_END, BOS, SPECIALS
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -132,19 +133,13 @@ class Tokenizer:
             raise ValueError(f"text cannot be encoded as UTF-8: {error}") from error
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD.
-
-        Args:
-            skip_special: leave special tokens out; otherwise they are written as their text.
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids without special tokens; bytes that are no UTF-8 become U+FFFD.
 
         Raises:
             IndexError: an id is not in the vocabulary.
         """
-        if skip_special:
-            return b"".join(map(self.id_to_bytes, ids)).decode("utf-8", "replace")
-        names = {token: text.encode() for text, token in self.special.items()}
-        return b"".join(names.get(token) or self.id_to_bytes(token) for token in ids).decode("utf-8", "replace")
+        return b"".join(map(self.id_to_bytes, ids)).decode("utf-8", "replace")
 
     # -- files --------------------------------------------------------------------------------------------------------
 

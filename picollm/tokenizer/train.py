@@ -91,6 +91,8 @@ def train(texts: Iterator[str], vocab_size: int, *, on_progress: Callable[[int],
             worker.join(PROGRESS_EVERY_S)
             if on_progress:
                 on_progress(num_chars)
+        if on_progress:
+            on_progress(num_chars)  # it may have ended before the first look
     except BaseException:
         stop.set()
         if worker.is_alive():

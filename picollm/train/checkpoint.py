@@ -15,9 +15,10 @@ from torch import Tensor
 
 from picollm.config.model import Architecture
 from picollm.errors import ConfigError, IntegrityError
+from picollm.files import SCHEMA, disk_errors
 from picollm.model.gpt import GPT
 from picollm.optim.muon import MuonAdamW
-from picollm.run_dir import SCHEMA, StageDir, disk_errors
+from picollm.run_dir import StageDir
 from picollm.train import checkpoint_files as files
 
 STATE_FILE = "state/rank_0-of-1.safetensors"
@@ -171,7 +172,7 @@ def resume(stage: StageDir, model: GPT, optimizer: MuonAdamW) -> tuple[dict[str,
     """
     warnings: list[str] = []
     last: IntegrityError | None = None
-    for step in reversed(files.finished_steps(stage)):
+    for step in reversed(stage.finished_steps()):
         path = files.checkpoint_dir(stage, step)
         try:
             return load_training_state(model, optimizer, path), warnings

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from picollm.errors import IntegrityError, MissingArtifact
-from picollm.run_dir import StageDir, disk_errors, free_name, fsync_path, read_fields, sha256_file, write_atomic
+from picollm.files import disk_errors, free_name, fsync_path, read_fields, sha256_file, write_atomic
+from picollm.run_dir import StageDir
 
-_FINISHED = re.compile(r"^step_(\d+)$")
 SUMS = "SHA256SUMS"
 RESTORE = "restore the file from a copy, or train the stage again with `picollm speedrun --force STAGE`"
 
@@ -30,15 +30,6 @@ RESTORE = "restore the file from a copy, or train the stage again with `picollm 
 def checkpoint_dir(stage: StageDir, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return stage.checkpoints / f"step_{step:06d}"
-
-
-def finished_steps(stage: StageDir) -> list[int]:
-    """Steps of the checkpoints that were committed, ascending."""
-    if not stage.checkpoints.is_dir():
-        return []
-    return sorted(
-        int(m[1]) for path in stage.checkpoints.iterdir() if path.is_dir() and (m := _FINISHED.match(path.name))
-    )
 
 
 def begin(stage: StageDir, step: int) -> Path:
@@ -72,7 +63,7 @@ def commit(stage: StageDir, step: int, temporary: Path, *, keep_last: int) -> in
         os.replace(temporary, target)
         fsync_path(stage.checkpoints)
     write_atomic(stage.latest, f"{target.name}\n")
-    steps = finished_steps(stage)
+    steps = stage.finished_steps()
     # Training went on from an earlier step, so a later one did not load: it must not outlive a good one in its place.
     for damaged in (later for later in steps if later > step):
         _set_aside(checkpoint_dir(stage, damaged))
@@ -150,7 +141,7 @@ def latest_step(stage: StageDir) -> int:
     Raises:
         MissingArtifact: there is none.
     """
-    if steps := finished_steps(stage):
+    if steps := stage.finished_steps():
         return steps[-1]
     raise MissingArtifact(
         f"stage `{stage.name}` of run `{stage.run.name}` has no checkpoint",

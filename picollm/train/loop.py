@@ -13,9 +13,9 @@ import torch
 from picollm.config.recipe import TrainRecipe, TrainRuntime
 from picollm.data.packing import Batches
 from picollm.errors import Interrupted, WorkerError
+from picollm.files import sha256_json
 from picollm.model.gpt import GPT
 from picollm.optim.muon import MuonAdamW
-from picollm.run_dir import sha256_json
 from picollm.scaling import flops_per_token
 from picollm.train import checkpoint, distributed
 from picollm.train.checkpoint_files import checkpoint_dir

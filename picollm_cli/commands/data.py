@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from picollm.errors import IntegrityError
+from picollm.units import size
 from picollm_cli.console import Output
 from picollm_cli.options import Json
 
@@ -27,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, help=HELP)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset.", show_default=False)]
 PREVIEW_CHARS = 600
-MEGABYTE = 1_000_000
+MEBIBYTE = 2**20
 
 
 @app.command("import")
@@ -63,14 +64,14 @@ def import_(
     from picollm.data.importer import import_paths
 
     out = Output(json)
-    with out.progress(f"importing {name}", unit="MB") as update:
+    with out.progress(f"importing {name}", unit="MiB") as update:
         last = -1
 
         def on_progress(done: int, total: int) -> None:
             nonlocal last
-            if (now := done // MEGABYTE) != last:
+            if (now := done // MEBIBYTE) != last:
                 last = now
-                update(now, max(1, total // MEGABYTE))
+                update(now, max(1, total // MEBIBYTE))
 
         summary = import_paths(name, paths, field=field, force=force, on_progress=on_progress)
     if summary.already_there:
@@ -123,7 +124,7 @@ def list_(json: Json = False) -> None:
         for dataset in datasets:
             table.add_row(
                 dataset.name, dataset.kind, f"{dataset.rows('train'):,}", f"{dataset.rows('validation'):,}",
-                f"{dataset.chars():,}", _size(dataset.bytes()),
+                f"{dataset.chars():,}", size(dataset.bytes()),
             )  # fmt: skip
         out.table(table)
     elif not torn:
@@ -158,7 +159,7 @@ def show(
     for each in SPLITS:
         facts.append(
             (each, f"{_counted(dataset.rows(each), dataset.kind)}, {dataset.chars(each):,} characters, "
-                   f"{_size(dataset.bytes(each))} on disk")
+                   f"{size(dataset.bytes(each))} on disk")
         )  # fmt: skip
     source = {key: value for key, value in dataset.source.items() if key != "sha256"}
     facts.append(("source", ", ".join(f"{key} {_plain(value)}" for key, value in source.items())))
@@ -188,15 +189,15 @@ def verify(name: Name, json: Json = False) -> None:
 
     out = Output(json)
     dataset = Dataset.open(name)
-    with out.progress(f"verifying {name}", unit="MB") as update:
-        problems = dataset.verify(lambda done, total: update(done // MEGABYTE, max(1, total // MEGABYTE)))
+    with out.progress(f"verifying {name}", unit="MiB") as update:
+        problems = dataset.verify(lambda done, total: update(done // MEBIBYTE, max(1, total // MEBIBYTE)))
     if problems:
         raise IntegrityError(
             f"dataset `{name}` is damaged: {len(problems)} of {len(dataset.files)} files",
             cause="; ".join(problems),
             hint=_again(dataset),
         )
-    out.print(f"{len(dataset.files)} files, {_size(dataset.bytes())}: all as recorded")
+    out.print(f"{len(dataset.files)} files, {size(dataset.bytes())}: all as recorded")
     out.result(
         {"name": name, "ok": True, "files": len(dataset.files), "bytes": dataset.bytes(), "sha256": dataset.sha256}
     )
@@ -240,13 +241,6 @@ def _facts(rows: list[tuple[str, str]]) -> Any:
     for key, value in rows:
         table.add_row(Text(key), Text(value))
     return table
-
-
-def _size(num_bytes: int) -> str:
-    value, units = float(num_bytes), ["B", "kB", "MB", "GB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.1f} {units[0]}" if units[0] != "B" else f"{num_bytes} B"
 
 
 def _plain(value: Any) -> str:

@@ -35,8 +35,9 @@ def write(run: options.Run = None, json: options.Json = False) -> None:
       picollm manifest write
       picollm manifest write --run demo --json
     """
+    from picollm.locks import hold_lock
     from picollm.manifest import write_manifest
-    from picollm.run_dir import find_run, hold_lock
+    from picollm.run_dir import find_run
 
     out = Output(as_json=json)
     found = find_run(run)

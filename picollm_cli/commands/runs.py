@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from picollm.units import size
 from picollm_cli import options
 from picollm_cli.console import Output
 
@@ -54,7 +55,7 @@ def runs(json: options.Json = False) -> None:
             Text(row["stages"][-1] if row["stages"] else "nothing yet"),
             "" if row["loss"] is None else f"{row['loss']:.3f}",
             "" if row["bpb"] is None else f"{row['bpb']:.3f}",
-            f"{row['bytes'] / 1e6:,.0f} MB",
+            size(row["bytes"]),
             f"{datetime.fromtimestamp(row['changed_at']):%Y-%m-%d %H:%M}",
         )
     out.table(table)

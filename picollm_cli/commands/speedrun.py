@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
 
 import typer
 
-from picollm.errors import ConfigError, Interrupted, MissingArtifact, nearest
+from picollm.errors import ConfigError, Interrupted, MissingArtifact, did_you_mean
 from picollm.events import EventWriter
-from picollm.run_dir import StageDir, sha256_json
+from picollm.files import sha256_json
+from picollm.run_dir import StageDir
 from picollm_cli import options
 from picollm_cli.console import Output
 from picollm_cli.launch import run_stage
@@ -252,11 +253,10 @@ def speedrun(
 def _known_stage(option: str, name: str) -> str:
     if name in NAMES:
         return name
-    close = nearest(name, NAMES)
     raise ConfigError(
         f"`{option}` knows no stage `{name}`",
         cause=f"stages are {', '.join(f'`{known}`' for known in NAMES)}",
-        hint=f"did you mean `{option} {close}`?" if close else "choose one of them",
+        hint=did_you_mean(name, NAMES, f"{option} ", otherwise="choose one of them"),
     )
 
 

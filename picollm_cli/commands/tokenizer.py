@@ -99,7 +99,9 @@ def evaluate(run: options.Run = None, json: options.Json = False) -> None:
     out = Output(json)
     target = find_run(run)
     tokenizer = Tokenizer.load(target.tokenizer)
-    dataset = datasets.ensure(resolve_existing(target.read_config()).config.data.dataset, base=target.base)
+    dataset = datasets.ensure(
+        resolve_existing(target.read_config()).config.data.dataset, base=target.base, keep=target.dataset_hashes()
+    )
     validation = capped(dataset.documents("validation"), max_chars=EVAL_CHARS, doc_chars=EVAL_CHARS)
     quality = measure(tokenizer, {"validation": validation})
 

@@ -28,7 +28,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from picollm.data import toy_world
     from picollm.data.dataset_writer import DatasetWriter
     from picollm.data.datasets import Dataset
-    from picollm.run_dir import SCHEMA, RunDir, sha256_json, write_json
+    from picollm.files import SCHEMA, sha256_json, write_json
+    from picollm.run_dir import RunDir
     from picollm.tokenizer.train import train
     from picollm.train import checkpoint
     from picollm.train.loop import build_model

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from picollm.events import EventWriter, attempts
-from picollm.run_dir import StageDir, hold_lock, sha256_json, write_json
+from picollm.files import sha256_json, write_json
+from picollm.locks import hold_lock
+from picollm.run_dir import StageDir
 from picollm.train.checkpoint_files import begin, checkpoint_dir, commit
 
 
@@ -25,7 +27,7 @@ def main() -> int:
         for step in range(1, steps + 1):
             events.write("step", step=step, loss=1.0 / step, tokens_per_s=100.0, mem_gib=0.1, dt_s=0.01)
             if stage.stop_path.exists() and behaviour != "deaf":
-                (stage.checkpoints / f"step_{step:06d}").mkdir(parents=True)
+                write_json(stage.checkpoints / f"step_{step:06d}" / "meta.json", {"schema": 1, "step": step})
                 events.write("stage_end", ok=False, reason="stopped")
                 return 130
             time.sleep(recipe.get("sleep_s", 0.0))

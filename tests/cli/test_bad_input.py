@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from picollm import hardware
-from picollm.run_dir import base_dir, hold_lock
+from picollm.locks import hold_lock
+from picollm.run_dir import base_dir
 from picollm_cli.inspection import Inspection
 from picollm_cli.machine_checks import check_device
 
@@ -222,7 +223,7 @@ def test_without_a_home_directory(command: Any, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu = hardware.Gpu(0, "NVIDIA GeForce RTX 4060", 8 * 2**30, 8 * 2**30, (8, 9), "570.1")
+    gpu = hardware.Gpu(0, "NVIDIA GeForce RTX 4060", 8 * 2**30, (8, 9), "570.1")
     version = tmp_path / "version.py"
     monkeypatch.setattr(hardware, "detect_gpus", lambda: (gpu,))
     monkeypatch.setattr(
@@ -291,3 +292,16 @@ def test_a_reader_that_leaves_at_once(tiny_run: Path) -> None:
     process.stderr.close()
     assert process.wait(60) == 1
     assert told == b""
+
+
+@pytest.mark.parametrize("arguments", [("speedrun",), ("pretrain",), ("tokenizer", "train")])
+@pytest.mark.parametrize("where", ["data.dataset", "sft.mix"])
+def test_a_missing_dataset_leaves_no_run_behind(
+    command: Any, clean_environment: Path, tmp_path: Path, arguments: tuple[str, ...], where: str
+) -> None:
+    config = tmp_path / "own.toml"
+    config.write_text('[data]\ndataset = "gone"\n' if where == "data.dataset" else '[[sft.mix]]\ndataset = "gone"\n')
+    ended = command(*arguments, "--preset", "demo", "--run", "new", "--config", str(config))
+    assert ended.code == 4 and ended.err.startswith("error: there is no dataset `gone`\n")
+    assert "picollm data import gone PATH…" in ended.err
+    assert not list(clean_environment.rglob("*"))

@@ -211,12 +211,10 @@ def test_a_damaged_checkpoint_never_costs_an_intact_one(tiny_run: Path, command:
     model, optimizer = build_model(recipe, "sdpa", torch.device("cpu"))
     meta, warnings = checkpoint.resume(stage, model, optimizer)
     assert meta is not None and meta["step"] == 10
-    assert [warning.split(" is")[0] for warning in warnings] == [
-        "checkpoint of step 999999999", "checkpoint of step 20"
-    ]  # fmt: skip
+    assert [warning.split(" is")[0] for warning in warnings] == ["checkpoint of step 20"]
     checkpoint.save(stage, 15, model, optimizer, {"tokenizer_sha256": recipe.tokenizer_sha256}, keep_last=1)
     names = sorted(path.name for path in stage.checkpoints.iterdir())
-    assert names == ["step_000015", "step_000020.damaged", "step_999999999.damaged"]
+    assert names == ["step_000015", "step_000020.damaged", "step_999999999"]
     assert (stage.checkpoints / "step_000020.damaged/model.safetensors").read_bytes() == bytes_of_damaged
     assert json.loads(command(*CHAT, "--json").out)["step"] == 15
 

@@ -43,7 +43,7 @@ FACTS: dict[str, Any] = {
     "compile": {"compiler": "g++", "triton": False},
 }
 CPU = Machine("Linux", "a CPU", frozenset({"avx512_bf16"}), 4, 8, 32 * 2**30, 16 * 2**30, ())
-H100 = Gpu(0, "NVIDIA H100 80GB HBM3", 80 * 2**30, 79 * 2**30, (9, 0), "570.1")
+H100 = Gpu(0, "NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), "570.1")
 GPU_FACTS = FACTS | {
     "build": "cuda 12.8",
     "cuda": {"available": True, "reason": None, "cudnn": 91501},
@@ -347,7 +347,7 @@ def test_dataset_sizes_are_compared(clean_environment: Path) -> None:
 
 def make_run(base: Path) -> RunDir:
     from picollm.config.resolve import resolve
-    from picollm.run_dir import write_json
+    from picollm.files import write_json
 
     resolved = resolve(preset="demo")
     made = RunDir(base / "runs" / "mine")

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from picollm.errors import ConfigError, IntegrityError, Interrupted, MissingArtifact
 from picollm.events import read_all
-from picollm.run_dir import RunDir, StageDir, sha256_file, sha256_json
+from picollm.files import sha256_file, sha256_json
+from picollm.run_dir import RunDir, StageDir
 from picollm_cli.main import app
 
 
@@ -27,7 +28,7 @@ def test_bpb_is_scored_once(tiny_run: Path) -> None:
     score = last["suites"]["bpb"]["validation"]
     assert score["n"] == 12 and score["score"] > 1 and score["stderr"] > 0
     # Progress ends where it said that it would.
-    assert events[0]["total_steps"] == events[1]["step"] == score["tokens"]
+    assert events[0]["total_steps"] == events[1]["step"] == score["n"]
     assert events[2]["value"] == score["score"] and events[2]["n"] == 12
     folder = tiny_run / "eval/sft-bpb"
     record = json.loads((folder / "STAGE.json").read_text())

@@ -17,7 +17,9 @@ import psutil
 import pytest
 
 from picollm.errors import ConfigError, HostError, Interrupted, WorkerError
-from picollm.run_dir import RunDir, StageDir, hold_lock, sha256_json, write_json
+from picollm.files import sha256_json, write_json
+from picollm.locks import hold_lock
+from picollm.run_dir import RunDir, StageDir
 from picollm_cli import launch
 from picollm_cli.console import Output
 from picollm_cli.launch import run_stage
@@ -103,7 +105,7 @@ def test_plain_line_names_step_loss_and_pace(make_stage: Make, capsys: pytest.Ca
     run(make_stage())
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("pretrain 3/3  loss 0.") and "100 tok/s  0.10 GiB" in shown.err
+    assert shown.err.startswith("pretrain 3/3  loss 0.") and "100 tok/s  102 MiB" in shown.err
 
 
 def test_an_error_of_ours_comes_back_as_it_was(make_stage: Make) -> None:
@@ -170,7 +172,7 @@ def test_a_stage_in_use_is_refused_with_the_pid(make_stage: Make) -> None:
     code = f"""
 import time
 from pathlib import Path
-from picollm.run_dir import hold_lock
+from picollm.locks import hold_lock
 with hold_lock(Path({str(stage.lock_path)!r}), "stage"):
     print("held", flush=True)
     time.sleep(60)

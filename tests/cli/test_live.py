@@ -18,7 +18,7 @@ def test_time_left_counts_steps_not_events() -> None:
         training.update({"kind": "step", "step": step, "dt_s": 0.5})
     evaluation.update({"kind": "step", "step": 10, "dt_s": 5.0})
     assert training.left_s == evaluation.left_s == pytest.approx(45.0)
-    assert evaluation.line("eval chat") == "eval chat 10/100  0:45 left"
+    assert evaluation.line("eval chat") == "eval chat 10/100  45 s left"
 
 
 def test_a_sample_is_one_line_that_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from picollm.run_dir import RunDir, hold_lock, write_json
+from picollm.files import write_json
+from picollm.locks import hold_lock
+from picollm.run_dir import RunDir
 from picollm_cli.main import main
 
 Capture = pytest.CaptureFixture[str]

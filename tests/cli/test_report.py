@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from picollm.run_dir import RunDir, write_json
+from picollm.files import write_json
+from picollm.run_dir import RunDir
 from picollm_cli.main import main
 
 Capture = pytest.CaptureFixture[str]

@@ -18,7 +18,8 @@ from picollm.data.conversations import Conversation
 from picollm.data.dataset_writer import DatasetWriter
 from picollm.errors import ConfigError, HostError, IntegrityError, Interrupted, MissingArtifact
 from picollm.events import read_all
-from picollm.run_dir import RunDir, hold_lock
+from picollm.locks import hold_lock
+from picollm.run_dir import RunDir
 from picollm_cli import launch, prepare
 from picollm_cli.commands import speedrun as command
 from picollm_cli.main import app

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from picollm.run_dir import RunDir, sha256_file
+from picollm.files import sha256_file
+from picollm.run_dir import RunDir
 from picollm.train.checkpoint_files import checkpoint_dir, latest_step
 
 CONFIG = """

@@ -12,7 +12,6 @@ import pytest
 
 from picollm.events import read_all
 from picollm.hardware import detect
-from picollm.train.checkpoint_files import finished_steps
 from picollm_cli.commands.speedrun import NAMES
 
 pytestmark = pytest.mark.slow
@@ -57,7 +56,7 @@ def test_kill_9_in_every_stage_ends_at_the_same_weights(demo, make_lab, tmp_path
         if name == "data":
             return (lab.base / "datasets").is_dir()
         if name in ("pretrain", "sft"):
-            return len(finished_steps(run.stage(name))) >= 2
+            return len(run.stage(name).finished_steps()) >= 2
         if name == "manifest":
             return (run.path / "report.md").is_file()
         return any(e["stage"] == name and e["kind"] == "stage_start" for e in read_all(run.events_path))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from picollm.events import read_all, read_events
 from picollm.run_dir import StageDir
-from picollm.train.checkpoint_files import checkpoint_dir, finished_steps
+from picollm.train.checkpoint_files import checkpoint_dir
 
 
 def steps_done(stage: StageDir) -> int:
@@ -29,7 +29,7 @@ def test_every_stage_leaves_what_it_promises(reference) -> None:
         assert run.stage(name).record() is not None
     for name in ("report.md", "report.json", "manifest.json", "eval/sft-bpb/results.json"):
         assert (run.path / name).is_file()
-    assert finished_steps(run.stage("pretrain")) == [55, 60]
+    assert run.stage("pretrain").finished_steps() == [55, 60]
     losses = [event["loss"] for event in read_events(run.stage("pretrain").events_path) if event["kind"] == "step"]
     assert len(losses) == 60 and losses[-1] < losses[0] - 1
     # The chat tasks are the toy world's; this run was tuned on other conversations.
@@ -84,7 +84,7 @@ def test_ctrl_c_and_sigterm_save_first(lab, reference, wait_for, number: signal.
     command.send_signal(number)
     _, error = command.communicate(timeout=60)
     assert command.returncode == 130, error
-    saved = finished_steps(pretrain)
+    saved = pretrain.finished_steps()
     assert len(saved) == 1 and saved[0] >= 7
     assert f"state saved at step {saved[0]}" in error
     lab.ok(*lab.speedrun("r"))
@@ -112,10 +112,10 @@ def test_two_ranks_follow_one(lab, processes_of) -> None:
 def test_a_damaged_newest_checkpoint_costs_a_few_steps_only(lab, reference, wait_for) -> None:
     pretrain = lab.run_dir("r").stage("pretrain")
     command = lab.start(*lab.speedrun("r"))
-    wait_for(lambda: len(finished_steps(pretrain)) >= 2, "two checkpoints")
+    wait_for(lambda: len(pretrain.finished_steps()) >= 2, "two checkpoints")
     command.send_signal(signal.SIGINT)
     command.communicate(timeout=60)
-    *_, before, newest = finished_steps(pretrain)
+    *_, before, newest = pretrain.finished_steps()
     weights = checkpoint_dir(pretrain, newest) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     done = lab.ok(*lab.speedrun("r"))

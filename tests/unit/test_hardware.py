@@ -46,7 +46,7 @@ def machine() -> Machine:
 
 
 def a_gpu(capability: tuple[int, int], name: str = "NVIDIA H100 80GB HBM3") -> Gpu:
-    return Gpu(0, name, 80 * 2**30, 79 * 2**30, capability, "570.1")
+    return Gpu(0, name, 80 * 2**30, capability, "570.1")
 
 
 def test_x86_cpuinfo_gives_name_flags_and_cores_of_two_sockets() -> None:
@@ -254,7 +254,7 @@ def test_driver_names_find_their_data_sheet(name: str, spec: str | None) -> None
 
 def test_data_sheets_are_consistent() -> None:
     for _, spec in hardware._GPUS:
-        assert spec.memory_bandwidth > 1e11 and spec.usd_per_hour > 0
+        assert spec.usd_per_hour > 0
         assert spec.peak_flops("float32") == spec.fp32_flops
         # Chips without bfloat16 have no fp8 either; where there is both, fp8 is twice as fast.
         if spec.bf16_flops is None:

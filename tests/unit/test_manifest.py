@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from picollm.errors import IntegrityError, MissingArtifact
+from picollm.files import sha256_file, write_json
 from picollm.manifest import Problem, list_files, read_manifest, stage_of, verify_manifest, write_manifest
-from picollm.run_dir import RunDir, sha256_file, write_json
+from picollm.run_dir import RunDir
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ LAPTOP = Machine("Linux", "cpu", frozenset({"avx2"}), 4, 8, 16 * GIB, 8 * GIB, (
 AMX = Machine("Linux", "cpu", frozenset({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}), 2, 2, 23 * GIB, 20 * GIB, ())
 H200 = Machine(
     "Linux", "cpu", frozenset({"avx2"}), 16, 16, 128 * GIB, 120 * GIB,
-    (Gpu(0, "NVIDIA H200", 140 * GIB, 139 * GIB, (9, 0), "570.1"),),
+    (Gpu(0, "NVIDIA H200", 140 * GIB, (9, 0), "570.1"),),
 )  # fmt: skip
 DATA = (Source(dataset="toy-world", sha256="d" * 64),)
 
@@ -238,7 +238,7 @@ def test_device_batch_shrinks_with_memory_and_divides_the_rows():
     sizes = []
     for gib in (8, 24, 80, 140):
         machine = Machine("Linux", "", frozenset(), 8, 8, 64 * GIB, 64 * GIB,
-                          (Gpu(0, "H100", gib * GIB, gib * GIB, (9, 0), ""),))  # fmt: skip
+                          (Gpu(0, "H100", gib * GIB, (9, 0), ""),))  # fmt: skip
         runtime = plan.train_runtime(cfg, machine, recipe(cfg, machine))
         assert runtime.compile and runtime.eval_every == 250
         assert 256 % runtime.device_batch_size == 0

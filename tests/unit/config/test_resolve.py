@@ -20,6 +20,8 @@ from picollm.config.resolve import (
 from picollm.config.schema import RUNTIME_KEYS, RunConfig
 from picollm.errors import ConfigError, IntegrityError
 
+DEMO_STEPS = PRESETS["demo"].values["train"]["steps"]
+
 
 def write_user(text: str) -> Path:
     path = user_config_path()
@@ -47,7 +49,7 @@ def test_each_layer_beats_the_one_below(tmp_path, monkeypatch):
         return found.config.train.steps, found.sources.get("train.steps")
 
     assert steps(preset=None) == (None, None)
-    assert steps() == (120, "preset demo")
+    assert steps() == (DEMO_STEPS, "preset demo")
     user = write_user("[train]\nsteps = 2\n")
     assert steps() == (2, f"user config {user}")
     monkeypatch.setenv("PICOLLM_TRAIN__STEPS", "3")
@@ -61,7 +63,7 @@ def test_each_layer_beats_the_one_below(tmp_path, monkeypatch):
 def test_layers_merge_key_by_key(tmp_path):
     config = write_toml(tmp_path, "seed = 7\n[train]\nthreads = 1\n")
     found = resolve(preset="demo", config_path=config, sets=["model.depth=2"])
-    assert (found.config.seed, found.config.train.threads, found.config.train.steps) == (7, 1, 120)
+    assert (found.config.seed, found.config.train.threads, found.config.train.steps) == (7, 1, DEMO_STEPS)
     assert found.config.model.depth == 2 and found.config.model.hidden_size == 128
     assert found.sources["train.threads"] == f"config file {config}"
 
@@ -250,7 +252,7 @@ def test_existing_run_takes_this_calls_values(tmp_path):
     old = resolve(preset="demo")
     config = write_toml(tmp_path, "[train]\nsteps = 4\nthreads = 1\n")
     new = resolve_existing(stored(old), config_path=config, sets=["seed=1"])
-    assert changed_recipe_keys(old.config, new.config) == [("seed", 42, 1), ("train.steps", 120, 4)]
+    assert changed_recipe_keys(old.config, new.config) == [("seed", 42, 1), ("train.steps", DEMO_STEPS, 4)]
     assert new.sources["train.steps"] == f"config file {config}" and new.sources["sft.steps"] == "preset demo"
     assert new.config.train.threads == 1
 

@@ -327,3 +327,14 @@ def test_ensure_opens_other_names() -> None:
     assert ensure("words").name == "words"
     with pytest.raises(MissingArtifact):
         ensure("nothing")
+
+
+def test_a_toy_world_that_a_run_was_prepared_with_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_toy_world(monkeypatch)
+    ensure_toy_world()
+    used = {name: Dataset.open(name).sha256 for name in TOY_NAMES}
+    monkeypatch.setattr(datasets, "TOY_SEED", datasets.TOY_SEED + 7)  # what another generator would do
+    assert ensure("toy-world", keep=used.values()).sha256 == used["toy-world"]
+    # Its shards are still looked at, and a run of its own gets what this version generates.
+    assert ensure("toy-world-chat").sha256 != used["toy-world-chat"]
+    assert Dataset.open("toy-world").sha256 != used["toy-world"]

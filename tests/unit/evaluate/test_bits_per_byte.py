@@ -99,4 +99,13 @@ def test_progress_may_stop_the_pass(random_model: Callable[..., GPT], tokenizer:
 
     with pytest.raises(KeyboardInterrupt):
         bits_per_byte.evaluate(random_model(T=32), tokenizer, DOCUMENTS, 32, 2, on_progress=look)
-    assert 0 < seen[0] < seen[1]
+    assert len(seen) == 2 and seen[0] <= seen[1] < len(DOCUMENTS)
+
+
+def test_progress_ends_at_the_number_of_documents(
+    random_model: Callable[..., GPT], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bits_per_byte, "WINDOW_ROWS", 3)  # long documents lie in several windows
+    seen: list[int] = []
+    bits_per_byte.evaluate(random_model(T=32), tokenizer, DOCUMENTS, 32, 1, on_progress=seen.append)
+    assert seen == sorted(seen) and seen[-1] == len(DOCUMENTS)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from picollm.events import EventWriter
-from picollm.run_dir import RunDir, StageDir, sha256_file, write_json
+from picollm.files import sha256_file, write_json
+from picollm.run_dir import RunDir, StageDir
 from picollm.train import checkpoint_files
 
 MODEL = {

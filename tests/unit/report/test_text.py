@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from picollm.report.text import cell, count, duration, listed, plain, table
+from picollm.report.text import cell, count, listed, plain, table
 
 
 @pytest.mark.parametrize(
@@ -10,21 +10,6 @@ from picollm.report.text import cell, count, duration, listed, plain, table
 )
 def test_count(value: float | None, text: str) -> None:
     assert count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, "–"),
-        (4.26, "4.26 s"),
-        (59.7, "59.7 s"),
-        (185.2, "3 min 05 s"),
-        (7_805, "2 h 10 min"),
-        (360_000, "4 days 4 h"),
-    ],
-)
-def test_duration(seconds: float | None, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_listed() -> None:

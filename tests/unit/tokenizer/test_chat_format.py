@@ -66,7 +66,9 @@ def by_template(tokenizer: Tokenizer, messages: list, *, prompt: bool = False) -
 
 
 def show(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special=False)
+    """Text of ids with the special tokens in it."""
+    names = {token: text for text, token in tokenizer.special.items()}
+    return "".join(names.get(token) or tokenizer.decode([token]) for token in ids)
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)

@@ -9,6 +9,7 @@ import pytest
 from picollm.config.schema import RunConfig
 from picollm.data.importer import import_paths
 from picollm.errors import ConfigError, MissingArtifact
+from picollm.files import write_json
 from picollm.run_dir import RunDir, run_named
 from picollm.tokenizer import stage as stage_module
 from picollm.tokenizer.stage import train_stage
@@ -156,7 +157,7 @@ def test_dataset_without_text(run: RunDir, notes: str, monkeypatch: pytest.Monke
 def test_a_trained_model_keeps_its_tokenizer(run: RunDir, notes: str):
     train_stage(run, config(notes))
     before = (run.tokenizer / "tokenizer.json").read_bytes()
-    (run.stage("pretrain").checkpoints / "step_000010").mkdir(parents=True)
+    write_json(run.stage("pretrain").checkpoints / "step_000010" / "meta.json", {"schema": 1, "step": 10})
     with pytest.raises(ConfigError) as caught:
         train_stage(run, config(notes, vocab_size=310))
     assert "--force tokenizer" in (caught.value.hint or "")

@@ -78,10 +78,9 @@ def test_half_a_character_is_held_back(tokenizer: Tokenizer):
     assert decoder.flush() == ""
 
 
-def test_special_tokens_are_silent_unless_asked(tokenizer: Tokenizer):
+def test_special_tokens_are_silent(tokenizer: Tokenizer):
     ids = [tokenizer.bos, *tokenizer.encode("hi"), tokenizer.special["<|assistant_end|>"]]
     assert tokenizer.decode(ids) == "hi"
-    assert tokenizer.decode(ids, skip_special=False) == "<|bos|>hi<|assistant_end|>"
     assert StreamDecoder(tokenizer).push(tokenizer.bos) == ""
     assert [tokenizer.token_bytes[i] for i in tokenizer.special.values()] == [0] * 9
 
@@ -90,8 +89,6 @@ def test_special_tokens_are_silent_unless_asked(tokenizer: Tokenizer):
 def test_unknown_ids_are_refused(tokenizer: Tokenizer, bad: int):
     with pytest.raises(IndexError):
         tokenizer.decode([bad])
-    with pytest.raises(IndexError):
-        tokenizer.decode([bad], skip_special=False)
 
 
 def test_lone_surrogate_is_a_value_error(tokenizer: Tokenizer):

@@ -84,9 +84,9 @@ def test_old_checkpoints_are_pruned_and_torn_ones_swept(stage: StageDir) -> None
     torn = stage.checkpoints / "step_000003.tmp"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    assert files.finished_steps(stage) == [1, 2]
+    assert stage.finished_steps() == [1, 2]
     checkpoint.save(stage, 4, model, optimizer, META, keep_last=2)
-    assert files.finished_steps(stage) == [2, 4]
+    assert stage.finished_steps() == [2, 4]
     assert not torn.exists()
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(stage: StageDir, monkeypatch:
     with pytest.raises(HostError, match="cannot write") as caught:
         checkpoint.save(stage, 2, model, optimizer, META, keep_last=1)
     assert "No space left" in str(caught.value.cause)
-    assert files.finished_steps(stage) == [1]
+    assert stage.finished_steps() == [1]
     files.verify(files.checkpoint_dir(stage, 1))
 
 
@@ -186,3 +186,14 @@ def test_a_stage_without_checkpoint_names_the_command(stage: StageDir) -> None:
     with pytest.raises(MissingArtifact) as caught:
         checkpoint.load_model(stage)
     assert caught.value.hint == "make one with `picollm pretrain --run test`"
+
+
+def test_a_folder_that_only_has_the_name_is_no_checkpoint(stage: StageDir) -> None:
+    model, optimizer = make()
+    checkpoint.save(stage, 1, model, optimizer, META, keep_last=1)
+    junk = stage.checkpoints / "step_999999999"
+    junk.mkdir()
+    assert files.latest_step(stage) == checkpoint.load_model(stage).step == 1
+    assert checkpoint.resume(stage, *make()) == (files.read_meta(files.checkpoint_dir(stage, 1)), [])
+    checkpoint.save(stage, 2, model, optimizer, META, keep_last=1)
+    assert stage.finished_steps() == [2] and junk.is_dir()

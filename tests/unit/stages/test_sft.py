@@ -1,0 +1,83 @@
+"""Mixing conversations by weight, and the loss over the ones that were held back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from picollm.data import toy_world
+from picollm.data.conversations import Conversation
+from picollm.model.gpt import GPT
+from picollm.stages.sft import mix, validation_loss
+from picollm.tokenizer.tokenizer import Tokenizer
+
+
+def talks(word: str, num: int) -> list[Conversation]:
+    return [
+        Conversation.from_json(
+            {"messages": [{"role": "user", "content": f"{word} {i}"}, {"role": "assistant", "content": "yes"}]}
+        )
+        for i in range(num)
+    ]
+
+
+def mixed(sizes: dict[str, int], weights: list[float], seed: int = 0) -> list[Conversation]:
+    parts: list[Any] = [SimpleNamespace(conversations=lambda _, n=n, w=w: talks(w, n)) for w, n in sizes.items()]
+    sources = [SimpleNamespace(dataset=name, weight=w) for name, w in zip(sizes, weights, strict=True)]
+    recipe: Any = SimpleNamespace(seed=seed, data=sources)
+    return mix(parts, recipe, "train")
+
+
+def words(conversations: list[Conversation]) -> Counter[str]:
+    return Counter(conversation.messages[0].text.split()[0] for conversation in conversations)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "expected"),
+    [
+        ({"a": 100, "b": 100}, [1.0, 1.0], {"a": 100, "b": 100}),
+        ({"a": 100, "b": 20}, [1.0, 1.0], {"a": 100, "b": 100}),  # the small one is repeated
+        ({"a": 100, "b": 20}, [3.0, 1.0], {"a": 100, "b": 33}),
+        ({"a": 100, "b": 90}, [10.0, 1.0], {"a": 900, "b": 90}),  # the one with most for its weight stays whole
+        ({"a": 100, "b": 0}, [1.0, 1.0], {"a": 100}),
+    ],
+)
+def test_shares_follow_the_weights(sizes: dict[str, int], weights: list[float], expected: dict[str, int]) -> None:
+    assert words(mixed(sizes, weights)) == expected
+
+
+def test_every_conversation_is_repeated_about_as_often() -> None:
+    found = mixed({"a": 100, "b": 30}, [1.0, 1.0])
+    times = Counter(c.messages[0].text for c in found if c.messages[0].text.startswith("b"))
+    assert set(times.values()) == {3, 4} and sum(times.values()) == 100
+
+
+def test_the_mixture_is_the_same_for_the_same_seed() -> None:
+    sizes, weights = {"a": 100, "b": 30}, [1.0, 1.0]
+    assert mixed(sizes, weights) == mixed(sizes, weights) != mixed(sizes, weights, seed=1)
+
+
+def test_one_source_is_taken_as_it_is() -> None:
+    assert mixed({"a": 5}, [0.3]) == talks("a", 5)
+
+
+def test_validation_loss(random_model: Callable[..., GPT], tokenizer: Tokenizer) -> None:
+    model = random_model(T=64)
+    conversations = [Conversation.from_json(talk) for talk in toy_world.conversations(20, 5)]
+    first = validation_loss(model, conversations, tokenizer, 64, 4)
+    assert first is not None and first > 1.0
+    assert validation_loss(model, conversations, tokenizer, 64, 4) == first
+
+
+def test_without_conversations_there_is_no_validation_loss(
+    random_model: Callable[..., GPT], tokenizer: Tokenizer
+) -> None:
+    model = random_model(T=8)
+    assert validation_loss(model, [], tokenizer, 8, 4) is None
+    # The question alone fills the row: no token of an answer is left to score.
+    long = talks("word " * 40, 3)
+    assert validation_loss(model, long, tokenizer, 8, 4) is None

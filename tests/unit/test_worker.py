@@ -1,0 +1,179 @@
+"""The process around a stage: why it stops, how it ends, and what it leaves for its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from picollm import worker as worker_module
+from picollm.errors import Interrupted, OutOfMemory, PicollmError
+from picollm.events import read_all
+from picollm.files import write_json
+from picollm.run_dir import StageDir, run_named
+from picollm.worker import Worker, launcher_lives
+
+# A stage of one argument; the body decides how it ends.
+STAGE = """
+import sys
+from picollm.errors import ConfigError, Interrupted
+from picollm.worker import run
+def main(worker):
+    worker.start(total_steps=1)
+    {body}
+run(main)
+"""
+
+
+@pytest.fixture
+def stage(clean_environment: Path) -> StageDir:
+    stage = run_named("r").stage("pretrain")
+    write_json(stage.config_path, {"schema": 1, "stage": "pretrain", "recipe": {}, "runtime": {"threads": 1}})
+    return stage
+
+
+@pytest.fixture
+def worker(stage: StageDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    """A worker in this process that looks every time; its signal handlers are taken back."""
+    monkeypatch.setattr(worker_module, "LOOK_EVERY_S", 0.0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    made = Worker(stage, stage.read_config(), 0, 1)
+    yield made
+    assert made.events is not None
+    made.events.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ended(stage: StageDir, body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", STAGE.format(body=body), stage.path], capture_output=True, text=True, timeout=60
+    )
+
+
+# -- when to stop -----------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_file_stops(worker: Worker) -> None:
+    assert not worker.should_stop()
+    worker.stage.stop_path.touch()
+    assert worker.should_stop()
+    worker.stage.stop_path.unlink()
+    assert worker.should_stop()  # once asked, it stays asked
+
+
+def test_it_looks_at_most_once_in_a_while(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not worker.should_stop()
+    monkeypatch.setattr(worker_module, "LOOK_EVERY_S", 60.0)
+    worker.stage.stop_path.touch()
+    assert not worker.should_stop()
+
+
+def test_a_signal_stops(worker: Worker) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while not worker.should_stop() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert worker.should_stop()
+
+
+def test_a_parent_that_is_gone_stops(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module.os, "getppid", lambda: 1_000_000)
+    assert worker.should_stop()
+
+
+def test_a_launcher_that_is_gone_stops(worker: Worker) -> None:
+    stage, me = worker.stage, psutil.Process()
+    stage.launcher_path.write_text(f"{me.pid} {me.create_time()}\n")
+    assert launcher_lives(stage) and not worker.should_stop()
+    stage.launcher_path.write_text("12")  # being written
+    assert launcher_lives(stage)
+    # The number lives on in another process.
+    stage.launcher_path.write_text(f"{me.pid} {me.create_time() - 3600}\n")
+    assert not launcher_lives(stage) and worker.should_stop()
+
+
+def test_a_launcher_whose_number_nobody_has(stage: StageDir) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as other:
+        other.wait()
+    stage.launcher_path.write_text(f"{other.pid} 1.0\n")
+    assert not launcher_lives(stage)
+
+
+# -- how it ends ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_succeeds(stage: StageDir) -> None:
+    stage.stop_path.touch()
+    write_json(stage.log_dir / "error.json", {"stale": True})
+    process = ended(stage, "assert not worker.should_stop() and worker.stage.pid_path.read_text().strip().isdigit()")
+    assert process.returncode == 0, process.stderr
+    start, end = read_all(stage.events_path)
+    assert (start["kind"], start["attempt"], start["total_steps"]) == ("stage_start", 1, 1)
+    assert (end["kind"], end["ok"]) == ("stage_end", True)
+    assert not any(path.exists() for path in (stage.stop_path, stage.pid_path, stage.log_dir / "error.json"))
+
+
+def test_an_error_of_ours_is_told_with_its_exit_code(stage: StageDir) -> None:
+    process = ended(stage, 'raise ConfigError("no such value", cause="it is 7", hint="use 8")')
+    assert process.returncode == 2 and "Traceback" in process.stderr
+    told = json.loads((stage.log_dir / "error.json").read_text())
+    assert told.pop("traceback").endswith("ConfigError: no such value\n")
+    assert told == {
+        "type": "ConfigError", "message": "no such value", "cause": "it is 7", "hint": "use 8", "exit_code": 2,
+        "rank": 0,
+    }  # fmt: skip
+    assert read_all(stage.events_path)[-1]["reason"] == "ConfigError"
+
+
+def test_a_stop_is_no_error(stage: StageDir) -> None:
+    process = ended(stage, 'raise Interrupted("stopped at step 1")')
+    assert (process.returncode, process.stderr) == (130, "")
+    assert not (stage.log_dir / "error.json").exists()
+    end = read_all(stage.events_path)[-1]
+    assert (end["ok"], end["reason"], end["text"]) == (False, "stopped", "stopped at step 1")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (MemoryError(), OutOfMemory, 7),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory, 7),
+        (ZeroDivisionError("division by zero"), PicollmError, 1),
+        (Interrupted("x"), Interrupted, 130),
+    ],
+)
+def test_what_an_exception_becomes(stage: StageDir, error: BaseException, kind: type, code: int) -> None:
+    assert type(worker_module._known(error)) is kind
+    assert worker_module._report(stage, error, 1) == code
+    path = stage.log_dir / "error.json"
+    assert path.exists() == (code != 130)
+    if path.exists():
+        assert json.loads(path.read_text())["rank"] == 1
+        # The first rank to fail tells: what the others say afterwards is noise.
+        worker_module._report(stage, ValueError("later"), 0)
+        assert json.loads(path.read_text())["rank"] == 1
+
+
+def test_a_worker_takes_one_argument() -> None:
+    command = [sys.executable, "-c", STAGE.format(body="pass")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and "a worker takes one argument, its stage folder" in process.stderr
+
+
+def test_only_rank_0_writes(stage: StageDir) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    other = Worker(stage, stage.read_config(), 1, 2)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    other.start(total_steps=3)
+    other.note("nothing")
+    assert not stage.events_path.exists()
