@@ -31,7 +31,7 @@ num_attention_heads = 2
 num_key_value_heads = 1
 max_position_embeddings = 32
 [train]
-steps = 60
+steps = 200
 batch_tokens = 256
 checkpoint_every = 5
 dtype = "float32"
