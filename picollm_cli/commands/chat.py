@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -10,6 +11,7 @@ import typer
 
 from picollm_cli import options
 from picollm_cli.console import Output
+from picollm_cli.launch import SPIN_COUNT
 from picollm_cli.stage_option import StageOption, choose_stage
 from picollm_cli.text_input import argument_text, stdin_text, utf8_text
 
@@ -63,6 +65,7 @@ def chat(
         raise ConfigError("the prompt is empty", hint='give a text: `picollm chat -p "Who are you?"`')
     chosen = choose_stage(found, stage)
     # Torch comes with these; nothing above needs it, so that mistakes are told at once.
+    os.environ.update(SPIN_COUNT | os.environ)  # OpenMP reads it when torch is loaded, which is here
     from picollm.generate.engine import Engine
     from picollm.generate.session import Session, open_stage
 
