@@ -12,7 +12,7 @@ import torch
 
 from picollm.config.recipe import TrainRecipe, TrainRuntime
 from picollm.data.packing import Batches
-from picollm.errors import Interrupted, WorkerError
+from picollm.errors import ConfigError, Interrupted, WorkerError
 from picollm.files import sha256_json
 from picollm.model.gpt import GPT
 from picollm.optim.muon import MuonAdamW
@@ -59,19 +59,28 @@ def train(worker: Worker, job: Job) -> dict[str, Any]:
         Interrupted: a stop was asked for; the state is saved.
         WorkerError: several steps in a row were not finite; the last good state is saved.
         IntegrityError: there are checkpoints and none is intact.
+        ConfigError: the newest checkpoint was made with another recipe.
     """
     stage, recipe, runtime = worker.stage, job.recipe, job.runtime
     meta, warnings = checkpoint.resume(stage, job.model, job.optimizer)
     start = 0
     cpu_before = 0.0
+    recipe_sha256 = sha256_json(recipe.model_dump(mode="json"))
     if meta is not None:
+        if meta["recipe_sha256"] != recipe_sha256:
+            raise ConfigError(
+                f"the checkpoint of step {meta['step']} was made with another recipe than `{stage.config_path}` has",
+                cause=f"its recipe's sha256 is {meta['recipe_sha256'][:12]}…, the one there {recipe_sha256[:12]}…",
+                hint=f"undo the edit, or redo the stage with `picollm speedrun --run {stage.run.name} "
+                f"--force {stage.name}`",
+            )
         start, cpu_before = meta["step"], meta["cpu_s"]
         job.batches.packer.restore(meta["data"])
     worker.start(resumed_from=start, total_steps=recipe.steps)
     for text in warnings:
         worker.note(text, level="warning")
     saved_at = start if meta is not None else -1
-    last_loss = meta["loss"] if meta is not None else math.nan
+    last_loss: float | None = meta["loss"] if meta is not None else None
     values: dict[str, float] = {}
 
     def save(step: int) -> None:
@@ -88,7 +97,7 @@ def train(worker: Worker, job: Job) -> dict[str, Any]:
             job.model,
             job.optimizer,
             {
-                "recipe_sha256": sha256_json(recipe.model_dump(mode="json")),
+                "recipe_sha256": recipe_sha256,
                 "tokenizer_sha256": recipe.tokenizer_sha256,
                 "data": job.batches.packer.state(),
                 "loss": last_loss,

@@ -14,7 +14,7 @@ from torch import Tensor
 from picollm.config.model import Architecture
 from picollm.config.recipe import Rates, Schedule, Source, TrainRecipe, TrainRuntime
 from picollm.data.packing import Batches, Encoded, RowPacker
-from picollm.errors import Interrupted, WorkerError
+from picollm.errors import ConfigError, Interrupted, WorkerError
 from picollm.events import EventWriter, read_all
 from picollm.run_dir import StageDir, run_named
 from picollm.train.checkpoint_files import checkpoint_dir, read_meta, verify
@@ -148,3 +148,16 @@ def test_a_stop_saves_and_the_next_attempt_ends_with_the_same_weights(worker: Qu
     assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(whole), strict=True))
     starts = [event for event in read_all(worker.stage.events_path) if event["kind"] == "stage_start"]
     assert [(event["attempt"], event["resumed_from"]) for event in starts] == [(1, 0), (2, 4)]
+
+
+def test_a_recipe_edited_by_hand_is_not_trained_on(worker: QuietWorker) -> None:
+    worker.stop_after = 2
+    with pytest.raises(Interrupted):
+        train(worker, make_job())
+    edited = make_job()
+    edited.recipe = RECIPE.model_copy(update={"seed": 1})
+    before = verify(checkpoint_dir(worker.stage, 2))
+    with pytest.raises(ConfigError, match="another recipe") as caught:
+        train(worker, edited)
+    assert "--force pretrain" in str(caught.value.hint)
+    assert verify(checkpoint_dir(worker.stage, 2)) == before and worker.stage.finished_steps() == [2]
