@@ -123,22 +123,18 @@ def _run_stage(stage: StageDir, main: Callable[[Worker], None], rank: int, world
         from picollm.train import distributed
 
         try:
-            ok = False
             worker.device = distributed.start()
             with open(stage.pid_path, "a") as file:
                 file.write(f"{os.getpid()}\n")
             main(worker)
-            ok = True
         except Interrupted as error:
             worker.event("stage_end", ok=False, reason="stopped", text=error.message)
             raise
         except BaseException as error:
             worker.event("stage_end", ok=False, reason=type(error).__name__)
             raise
-        finally:
-            if ok:
-                worker.event("stage_end", ok=True)
-                distributed.stop()
+        worker.event("stage_end", ok=True)
+        distributed.stop()
     return 0
 
 

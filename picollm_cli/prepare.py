@@ -65,8 +65,8 @@ def resolve_run(
 ) -> Prepared:
     """Decide which run is meant and what its config is; reads only.
 
-    A new run is called `--run`, else `$PICOLLM_RUN`, else like its preset or config file. With none of them it is the
-    newest run.
+    A run is made only where a preset, a config file or values say what it is. It is called `--run`, else
+    `$PICOLLM_RUN`, else like its preset or config file. With none of them it is the newest run.
 
     Args:
         config: path of a TOML file.
@@ -82,7 +82,9 @@ def resolve_run(
 
     path = expand(config) if config else None
     name = run or os.environ.get("PICOLLM_RUN") or preset or (path.stem if path else None)
-    found = run_named(name) if name and create else find_run(name)
+    # A mistyped name alone must not make a run of defaults, which would then be the newest one.
+    described = bool(preset or config or sets)
+    found = run_named(name) if name and create and described else find_run(name)
     if not found.exists():
         made = resolve(preset=preset, config_path=path, sets=tuple(sets or ()))
         return Prepared(found, made.preset, made.config, made.sources, new=True)

@@ -66,15 +66,11 @@ def evaluate(
         for name in [suite] if suite else applying:
             prepared_stage = prepare_eval(found, trained.name, name)
             run_stage(out, prepared_stage, MODULE, title=f"eval {name}")
-            scores = _read_results(prepared_stage)
+            scores = prepared_stage.read_results()
             step = scores["step"]
             results |= scores["suites"]
             _show(out, found, prepared_stage, name, scores)
     out.result({"run": found.name, "stage": trained.name, "step": step, "suites": results})
-
-
-def _read_results(stage: StageDir) -> dict[str, Any]:
-    return stage.read_results()
 
 
 def _show(out: Output, run: RunDir, stage: StageDir, suite: str, results: dict[str, Any]) -> None:

@@ -234,3 +234,11 @@ def test_with_every_checkpoint_damaged_pretraining_refuses(tiny_run: Path) -> No
     assert told["hint"].endswith("`picollm speedrun --run tiny --force pretrain`")
     assert {path: path.read_bytes() for path in before} == before
     assert not (tiny_run / "pretrain/STAGE.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [("pretrain",), ("tokenizer", "train"), ("speedrun",)])
+def test_a_mistyped_run_is_not_made(refused: Any, tiny_run: Path, arguments: tuple[str, ...]) -> None:
+    """A run of defaults under the wrong name would be the newest one, which reading commands take."""
+    wrong = f"{tiny_run.name}x"
+    assert f"did you mean `--run {tiny_run.name}`?" in refused(4, *arguments, "--run", wrong).err
+    assert not tiny_run.with_name(wrong).exists()
