@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from picollm import estimate
+from picollm.attention_choice import choose_attention
 from picollm.config.model import Architecture
 from picollm.config.recipe import ComputeDtype, Rates, Schedule
 from picollm.config.schema import RunConfig
 from picollm.hardware import Machine
 from picollm.recipes import (
-    choose_attention,
+    attention_device,
     choose_dtype,
     choose_threads,
     device_of,
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "StagePlan",
     "architecture",
+    "attention_device",
     "causal_flops_per_token",
     "choose_attention",
     "choose_dtype",
@@ -177,8 +179,12 @@ def make_plan(
     sft = sft_horizon(config, arch, pretrain.batch_tokens, estimate.TOY_WORLD_CHAT_TOKENS)
     runtime = train_runtime(config, machine, recipe, ranks=ranks)
     threads, threads_reason = choose_threads(config, machine, ranks)
-    attention, attention_reason = choose_attention(
-        device, recipe.dtype, arch.max_position_embeddings, config.model.attention
+    attention = choose_attention(
+        attention_device(machine),
+        recipe.dtype,
+        arch.max_position_embeddings,
+        windows=arch.sliding_window is not None,
+        requested=config.model.attention,
     )
     speed = estimate.training_speed(arch, machine, recipe.dtype, threads, ranks)
     # A dataset that was counted is there and needs no more room.
@@ -207,10 +213,10 @@ def make_plan(
         ranks=ranks,
         threads=threads,
         threads_reason=threads_reason,
-        attention=attention,
-        attention_reason=attention_reason,
+        attention=str(attention),
+        attention_reason=attention.reason,
         device_batch_size=runtime.device_batch_size,
-        memory=estimate.training_memory(arch, recipe.dtype, runtime.device_batch_size, device, attention),
+        memory=estimate.training_memory(arch, recipe.dtype, runtime.device_batch_size, device, attention.full),
         disk_bytes=estimate.disk(params, config.train.keep_last) + missing,
         money_usd=None if hourly is None else hours * hourly,
         stages=stages,

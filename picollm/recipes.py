@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from picollm import estimate, hardware
+from picollm.attention_choice import AttentionDevice, choose_attention
 from picollm.config.model import Architecture
 from picollm.config.recipe import EvalRuntime, Source, TrainRecipe, TrainRuntime
 from picollm.config.schema import RunConfig
@@ -23,8 +24,6 @@ from picollm.scaling import (
     sft_schedule,
 )
 
-# Up to here scores in memory beat SDPA forward and backward on a CPU, in bfloat16 by half (bench/choices.py).
-MATMUL_ATTENTION_MAX_T = 512
 # More tokens per forward pass gain nothing on a CPU and cost memory.
 CPU_MICRO_BATCH_TOKENS = 8192
 # Shares of memory that training may plan for: other programs need some, and estimates err.
@@ -134,22 +133,11 @@ def device_of(machine: Machine) -> str:
     return "cuda" if machine.gpus else "cpu"
 
 
-def choose_attention(device: str, dtype: str, row: int, requested: str = "auto") -> tuple[str, str]:
-    """The attention kernel and why.
-
-    Args:
-        device: `cpu` or `cuda`.
-        row: tokens in a row, T.
-        requested: `model.attention`.
-
-    Returns:
-        ("matmul" | "sdpa", reason for a human)
-    """
-    if requested != "auto":
-        return requested, "`model.attention` asks for it"
-    if device == "cpu" and row <= MATMUL_ATTENTION_MAX_T:
-        return "matmul", f"on a CPU SDPA's backward is slower at {row} tokens a row"
-    return "sdpa", f"the fastest kernel for {dtype} at {row} tokens a row on this device"
+def attention_device(machine: Machine) -> AttentionDevice:
+    """What is known of the machine's kernels before torch was asked: its bundled libraries are taken to be there."""
+    if not machine.gpus:
+        return AttentionDevice("cpu")
+    return AttentionDevice("cuda", capability=min(gpu.capability for gpu in machine.gpus))
 
 
 def choose_dtype(config: RunConfig, machine: Machine) -> tuple[str, str]:
@@ -189,7 +177,7 @@ def device_batch(
         check_batch(key, batch_tokens, asked * row * ranks, of=rows_asked)
         return asked
     device = device_of(machine)
-    attention, _ = choose_attention(device, dtype, row, config.model.attention)
+    attention = choose_attention(attention_device(machine), dtype, row, requested=config.model.attention).full
     if device == "cuda":
         budget = GPU_MEMORY_SHARE * min(gpu.memory_bytes for gpu in machine.gpus)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from picollm.config.model import Architecture, padded_vocab_size
+from picollm.config.model import FEATURES, Architecture, padded_vocab_size, short_window
 from picollm.config.recipe import Rates, Schedule
 from picollm.config.schema import RunConfig
 from picollm.errors import ConfigError
@@ -77,6 +77,11 @@ def architecture(config: RunConfig, vocab_size: int | None = None) -> Architectu
             cause="the rotary embedding turns pairs of channels",
             hint=f"use `--set model.head_dim={head_dim + 1}`",
         )
+    features = {
+        name: default if (value := getattr(model, name)) is None else value
+        for name, default in FEATURES[model.arch].items()
+    }
+    windows = "S" in features["window_pattern"]
     return Architecture(
         arch=model.arch,
         hidden_size=hidden,
@@ -88,6 +93,13 @@ def architecture(config: RunConfig, vocab_size: int | None = None) -> Architectu
         vocab_size=vocab_size or config.tokenizer.vocab_size,
         max_position_embeddings=model.max_position_embeddings,
         rope_theta=model.rope_theta,
+        window_pattern=features["window_pattern"],
+        sliding_window=short_window(model.max_position_embeddings) if windows else None,
+        final_logit_softcapping=features["logit_softcap"],
+        value_embeddings=features["value_embeddings"],
+        x0_scalars=features["x0_scalars"],
+        smear=features["smear"],
+        backout=features["backout"],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,11 +17,38 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
-class ModelConfig(Section):
-    """The operator's dials for the model; what is None follows from `depth`."""
+# The features behind a name; each may also be set alone. Code reads features, never names.
+FEATURES: dict[str, dict[str, Any]] = {
+    "portable": {
+        "window_pattern": "L",
+        "logit_softcap": None,
+        "value_embeddings": False,
+        "x0_scalars": False,
+        "smear": False,
+        "backout": False,
+    },
+    "full": {
+        "window_pattern": "SSSL",
+        "logit_softcap": 15.0,
+        "value_embeddings": True,
+        "x0_scalars": True,
+        "smear": True,
+        "backout": True,
+    },
+}
+AttentionBackend = Literal["matmul", "sdpa", "cudnn", "flash", "varlen", "fa3", "flex"]
 
-    arch: Literal["portable"] = "portable"
-    """Set of features. `portable` exports to stock runtimes."""
+
+def short_window(length: int) -> int:
+    """Keys behind a query in a short-window layer: a quarter of the row, rounded up to a multiple of 128."""
+    return -(-length // 512) * 128
+
+
+class ModelConfig(Section):
+    """The operator's dials for the model; what is None follows from `depth` or from `arch`."""
+
+    arch: Literal["portable", "full"] = "portable"
+    """Set of features. `portable` exports to stock runtimes; `full` learns more from a token and does not."""
     depth: int = Field(default=12, ge=1, le=128)
     """The one dial: layers, width, batch, rates and steps follow from it."""
     hidden_size: int | None = Field(default=None, ge=16)
@@ -40,14 +67,26 @@ class ModelConfig(Section):
     """Tokens in a row, T."""
     rope_theta: float = Field(default=100_000.0, gt=0)
     """Base of the rotary position embedding."""
-    attention: Literal["auto", "matmul", "sdpa"] = "auto"
-    """Kernel for attention; `auto` chooses by device, dtype and T."""
+    window_pattern: str | None = Field(default=None, pattern="^[SL]+$")
+    """Attention of the layers, repeated: L sees all, S a quarter of the row; the last layer always sees all."""
+    logit_softcap: float | None = Field(default=None, gt=0)
+    """Logits z become c·tanh(z / c)."""
+    value_embeddings: bool | None = None
+    """Every second layer adds an embedding of the token to its values, through a gate per head."""
+    x0_scalars: bool | None = None
+    """Every layer mixes in the embedding with a learned weight."""
+    smear: bool | None = None
+    """A token's embedding takes up some of the one before it."""
+    backout: bool | None = None
+    """A share of the stream of the middle layer is taken out again before the head."""
+    attention: Literal["auto"] | AttentionBackend = "auto"
+    """Kernel for attention; `auto` chooses by device, dtype, T, windows and what is installed."""
 
 
 class Architecture(Section):
     """A model's shape with nothing left to derive; stored in recipes and checkpoints, read by `model/gpt.py`."""
 
-    arch: Literal["portable"]
+    arch: Literal["portable", "full"]
     """Name of the set of features; code reads the features, not the name."""
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
@@ -62,6 +101,15 @@ class Architecture(Section):
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     qk_scale: float = Field(default=1.2, gt=0)
     """Queries and keys are multiplied by this after their norm."""
+    sliding_window: int | None = Field(default=None, ge=1)
+    """Keys that a query of a short-window layer sees behind itself; None where no layer has one."""
+    window_pattern: str = Field(default="L", pattern="^[SL]+$")
+    """Which layers have it (S), repeated over the depth; the last layer never has."""
+    final_logit_softcapping: float | None = Field(default=None, gt=0)
+    value_embeddings: bool = False
+    x0_scalars: bool = False
+    smear: bool = False
+    backout: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Architecture:
@@ -78,3 +126,18 @@ class Architecture(Section):
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head."""
         return padded_vocab_size(self.vocab_size)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer: keys visible behind a query, None for all of them."""
+        last = self.num_hidden_layers - 1
+        pattern = self.window_pattern
+        return tuple(
+            self.sliding_window if i < last and pattern[i % len(pattern)] == "S" else None for i in range(last + 1)
+        )
+
+    @property
+    def value_embedding_layers(self) -> tuple[int, ...]:
+        """Layers with a value embedding: every second one, counted so that the last has one."""
+        last = self.num_hidden_layers - 1
+        return tuple(i for i in range(last + 1) if i % 2 == last % 2) if self.value_embeddings else ()

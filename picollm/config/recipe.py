@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from picollm.config.base import Section
-from picollm.config.model import Architecture
+from picollm.config.model import Architecture, AttentionBackend
 
-ComputeDtype = Literal["float32", "bfloat16", "float64"]
+ComputeDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class Rates(Section):
@@ -19,6 +19,10 @@ class Rates(Section):
     embedding_lr: float
     unembedding_lr: float
     scalar_lr: float
+    value_embedding_lr: float = 0.0
+    x0_lr: float = 0.0
+    gate_lr: float = 0.0
+    """Smear and backout."""
     weight_decay: float
     """Lambda of the cautious decay at the start; falls to 0 along a cosine."""
 
@@ -52,6 +56,9 @@ class TrainRecipe(Section):
     model: Architecture
     dtype: ComputeDtype
     dtype_reason: str
+    fp8: bool = False
+    fp8_reason: str = ""
+    z_loss: float = Field(default=0.0, ge=0)
     steps: int = Field(ge=1)
     batch_tokens: int = Field(ge=1)
     rates: Rates
@@ -69,9 +76,11 @@ class TrainRuntime(Section):
     ranks: int = Field(ge=1)
     threads: int = Field(ge=1)
     device_batch_size: int = Field(ge=1)
-    attention: Literal["auto", "matmul", "sdpa"]
+    attention: Literal["auto"] | AttentionBackend
     compile: bool
+    activation_checkpointing: bool = False
     checkpoint_every: int = Field(ge=1)
+    checkpoint_minutes: float | None = None
     keep_last: int = Field(ge=1)
     eval_every: int | None
     """Steps between validation passes; None validates only at the end."""

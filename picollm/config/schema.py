@@ -33,6 +33,8 @@ RUNTIME_KEYS = frozenset(
         "train.threads",
         "train.compile",
         "train.checkpoint_every",
+        "train.checkpoint_minutes",
+        "train.activation_checkpointing",
         "train.keep_last",
         "train.eval_every",
         "train.eval_tokens",

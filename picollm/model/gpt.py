@@ -20,22 +20,7 @@ from picollm.config.model import Architecture
 from picollm.model.attention import causal_attention
 from picollm.model.functional import apply_rotary, linear_cross_entropy, relu_squared, rms_norm, rotary_table
 from picollm.model.kv_cache import KVCache
-
-
-class Linear(nn.Linear):
-    """A matrix without bias whose float32 master weight is cast to the activations' type.
-
-    Explicit casts instead of autocast: the type of every product is the type of its input.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        """GPT.init_weights decides; nothing here."""
-
-    def forward(self, x: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
-        return F.linear(x, self.weight.to(x.dtype))
+from picollm.model.linear import Linear, packed_linear
 
 
 class Attention(nn.Module):
@@ -58,9 +43,8 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "B T C"], rotary: Float[Tensor, "2 ..."], backend: str, cached: Cached | None
     ) -> Float[Tensor, "B T C"]:
         B, T, _ = x.shape
-        # One product for all three: narrow matrices waste a matrix unit. The weights stay apart for Muon and exports.
-        packed = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).to(x.dtype)
-        qkv = F.linear(x, packed).view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
+        qkv = packed_linear(x, (self.q_proj, self.k_proj, self.v_proj))
+        qkv = qkv.view(B, T, -1, self.head_dim)  # (B, T, H + 2 K, D)
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         qk = rms_norm(apply_rotary(qk, rotary), self.eps)
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from pydantic import ValidationError
 
+from picollm.attention_choice import AttentionDevice, choose_attention
 from picollm.config.recipe import TrainRecipe, TrainRuntime
 from picollm.data.datasets import Dataset
 from picollm.data.packing import Batches, Encode, RowPacker
 from picollm.errors import ConfigError, IntegrityError
 from picollm.files import sha256_json
 from picollm.model.gpt import GPT
-from picollm.plan import choose_attention
 from picollm.tokenizer.tokenizer import Tokenizer
 from picollm.train import checkpoint
 from picollm.train.checkpoint_files import checkpoint_dir
@@ -99,8 +99,11 @@ def run_training(
             cause=f"a row is {length} tokens",
             hint=f"use a multiple of {length * worker.world}",
         )
-    attention, reason = choose_attention(worker.device.type, recipe.dtype, length, runtime.attention)
-    model, optimizer = build_model(recipe, attention, worker.device)
+    windows = recipe.model.sliding_window is not None
+    attention = choose_attention(
+        AttentionDevice(worker.device.type), recipe.dtype, length, windows=windows, requested=runtime.attention
+    )
+    model, optimizer = build_model(recipe, attention.full, worker.device)
     if initialise is not None and not stage.finished_steps():
         initialise(model)
     if runtime.compile:
@@ -125,7 +128,9 @@ def run_training(
     job = Job(recipe, runtime, model, optimizer, batches, lambda step: evaluate(model, step), worker.device)
     processes = "1 process" if worker.world == 1 else f"{worker.world} processes"
     threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)}{' each' * (worker.world > 1)}"
-    worker.note(f"{processes}, {threads}; {recipe.dtype}: {recipe.dtype_reason}; {attention} attention: {reason}")
+    worker.note(
+        f"{processes}, {threads}; {recipe.dtype}: {recipe.dtype_reason}; {attention} attention: {attention.reason}"
+    )
     result = train(worker, job)
     if worker.rank == 0:
         final = checkpoint_dir(stage, recipe.steps)

@@ -19,12 +19,13 @@ ALLOWED: dict[str, frozenset[str]] = {
     "locks": frozenset({"errors", "files"}),
     "run_dir": frozenset({"errors", "files", "__init__"}),
     "events": frozenset({"files"}),
+    "attention_choice": frozenset({"errors"}),
     "cgroups": frozenset(),
     "hardware": frozenset({"cgroups"}),
     "scaling": frozenset({"config", "errors"}),
     "estimate": frozenset({"config", "hardware", "scaling"}),
-    "recipes": frozenset({"config", "errors", "estimate", "hardware", "scaling"}),
-    "plan": frozenset({"config", "estimate", "hardware", "recipes", "scaling"}),
+    "recipes": frozenset({"attention_choice", "config", "errors", "estimate", "hardware", "scaling"}),
+    "plan": frozenset({"attention_choice", "config", "estimate", "hardware", "recipes", "scaling"}),
     "torch_facts": frozenset({"errors", "files", "hardware", "run_dir", "__init__"}),
     "manifest": frozenset({"errors", "files", "run_dir", "__init__"}),
     "report": frozenset(
@@ -38,7 +39,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "worker": frozenset({"errors", "events", "locks", "run_dir", "train.distributed"}),
     "generate": frozenset({"data.conversations", "errors", "model", "run_dir", "tokenizer", "train.checkpoint"}),
     "evaluate": frozenset({"data", "errors", "generate", "model", "tokenizer"}),
-    "stages": SPINE | {"data", "evaluate", "generate", "model", "optim", "plan", "tokenizer", "train", "worker"},
+    "stages": SPINE
+    | {"attention_choice", "data", "evaluate", "generate", "model", "optim", "plan", "tokenizer", "train", "worker"},
     "__init__": frozenset(),
 }
 # What may load torch just by being imported; mirrors the exceptions in picollm/ruff.toml.

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from picollm import estimate, plan, recipes, scaling
+from picollm.attention_choice import AttentionDevice
 from picollm.config.presets import PRESETS
 from picollm.config.recipe import Source
 from picollm.config.resolve import resolve
@@ -212,8 +213,8 @@ def test_forced_dtype_gives_the_same_recipe_everywhere():
     ],
 )
 def test_attention(device, dtype, row, requested, name):
-    chosen, reason = plan.choose_attention(device, dtype, row, requested)
-    assert chosen == name and reason
+    chosen = plan.choose_attention(AttentionDevice(device), dtype, row, requested=requested)
+    assert chosen.full == name and chosen.window is None and chosen.reason
 
 
 def test_runtime_on_cpu():

@@ -161,7 +161,7 @@ def test_ratio_and_steps_of_one_layer_keep_the_steps(tmp_path):
         ("train.steps=", ['`train.steps` cannot be ""', "a whole number"]),
         ("train.matrix_lr=0", ["`train.matrix_lr` cannot be 0", "greater than 0", "the default is `0.02`"]),
         ("train.matrix_lr=nan", ["`train.matrix_lr` cannot be NaN", "a finite number"]),
-        ("train.dtype=fp8", ['`train.dtype` cannot be "fp8"', "'auto', 'float32', 'bfloat16' or 'float64'"]),
+        ("train.dtype=fp8", ['`train.dtype` cannot be "fp8"', "'auto', 'float32', 'bfloat16', 'float16' or 'float64'"]),
         ("train.weight_decay=1", ["`train.weight_decay` cannot be 1", "`true` or `false`"]),
         ("train.keep_last=none", ['`train.keep_last` cannot be "none"', "a whole number", "the default is `2`"]),
         ("tokenizer.vocab_size=70000", ["`tokenizer.vocab_size` cannot be 70000", "at most 65536"]),
