@@ -17,8 +17,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from picollm.config.model import short_window
 from picollm.model.attention import causal_attention
-from picollm.model.functional import apply_rotary, linear_cross_entropy, relu_squared, rms_norm, rotary_table
+from picollm.model.functional import apply_rotary, relu_squared, rms_norm, rotary_table
+from picollm.model.loss import linear_cross_entropy
 from picollm.worker import keep_freed_memory
 
 ROWS, T, HEADS, HEAD_DIM, HIDDEN, VOCAB = 8, 512, 4, 64, 256, 8192
@@ -50,11 +52,12 @@ def beside(ours: Callable[[], object], alternative: Callable[[], object]) -> dic
     return {"ours_ms": a, "alternative_ms": b, "ratio": round(b / a, 2)}
 
 
-def attention(dtype: torch.dtype, length: int) -> dict[str, float]:
+def attention(dtype: torch.dtype, length: int, window: int | None = None) -> dict[str, float]:
+    """Scores in memory beside SDPA (with a window: both skip blocks of keys that none sees)."""
     rows = ROWS * T // length
     qkv = [torch.randn(rows, length, HEADS, HEAD_DIM, dtype=dtype) for _ in range(3)]
     both = (
-        step(lambda q, k, v, b=backend: causal_attention(q, k, v, scale=0.1, backend=b), *qkv)
+        step(lambda q, k, v, b=backend: causal_attention(q, k, v, scale=0.1, backend=b, window=window), *qkv)
         for backend in ("matmul", "sdpa")
     )
     return beside(*both)
@@ -114,7 +117,12 @@ def main() -> None:
                 step(lambda x, w, t=targets: linear_cross_entropy(x, w, t, 1.0, VOCAB), flat, weight),
                 step(plain_loss, flat, weight),
             ),
-            **{f"matmul_attention_T{length}": attention(dtype, length) for length in (128, 256, 512, 1024)},
+            **{f"matmul_attention_T{length}": attention(dtype, length) for length in (128, 256, 512, 1024, 2048)},
+            **{
+                f"matmul_attention_T{length}_W{window}": attention(dtype, length, window)
+                for length in (512, 1024, 2048)
+                if (window := short_window(length))
+            },
         }
     print(json.dumps(result))
 

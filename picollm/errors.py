@@ -7,7 +7,8 @@ PicollmError            1
 ├─ IntegrityError       5   bytes are not as recorded: checksum, torn file, foreign schema
 ├─ RemoteError          6   network or Hub; safe to retry
 ├─ WorkerError          7   a training process died
-│  └─ OutOfMemory       7
+│  ├─ OutOfMemory       7
+│  └─ Diverged          7   several steps in a row were not finite
 ├─ GateError            8   a publishing gate failed
 └─ Interrupted        130   stopped on request, state saved
 
@@ -15,6 +16,8 @@ PicollmError            1
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 
 class PicollmError(Exception):
@@ -34,6 +37,10 @@ class PicollmError(Exception):
         self.cause = cause
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Callable[..., PicollmError], tuple[object, ...]]:
+        """Errors cross from helper processes; the default forgets keyword arguments."""
+        return _rebuilt, (type(self), self.message, self.cause, self.hint)
+
     def to_dict(self) -> dict[str, object]:
         return {
             "type": type(self).__name__,
@@ -42,6 +49,10 @@ class PicollmError(Exception):
             "hint": self.hint,
             "exit_code": self.exit_code,
         }
+
+
+def _rebuilt(kind: type[PicollmError], message: str, cause: str | None, hint: str | None) -> PicollmError:
+    return kind(message, cause=cause, hint=hint)  # type: ignore[arg-type]
 
 
 class ConfigError(PicollmError):
@@ -74,6 +85,19 @@ class WorkerError(PicollmError):
 
 
 class OutOfMemory(WorkerError):
+    """Memory ran out.
+
+    Attributes:
+        backed_off: the stage's `runtime.json` now asks for less, so that another start may fit.
+    """
+
+    backed_off = False
+
+    def to_dict(self) -> dict[str, object]:
+        return {**super().to_dict(), "backed_off": self.backed_off}
+
+
+class Diverged(WorkerError):
     pass
 
 

@@ -6,6 +6,7 @@ Kinds and their fields:
     eval         step, name, value, stderr, n
     sample       step, prompt, text
     checkpoint   step, path, bytes
+    phase        text (what takes long before the first step; empty when it is over)
     note         text, level
     stage_end    ok
 Only rank 0 writes. After a crash steps repeat: `read_events` drops those that a later attempt overtook.

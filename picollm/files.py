@@ -96,7 +96,7 @@ def read_json(path: Path, *, hint: str = "restore it from a copy, or start a new
     """
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise IntegrityError(f"`{path}` is not readable JSON", cause=str(error), hint=hint) from error
 
 

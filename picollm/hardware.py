@@ -24,6 +24,9 @@ PROC_CPUINFO = Path("/proc/cpuinfo")
 # Flags of CPUs that multiply bfloat16 in hardware; elsewhere torch converts to float32 and back, which is slower.
 BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 BF16_CAPABILITY = (8, 0)
+# Volta and Turing multiply float16 in tensor cores; older chips gain nothing from it.
+FP16_CAPABILITY = (7, 0)
+FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
@@ -205,23 +208,36 @@ def _text(value: str | bytes) -> str:
 # -- decisions --------------------------------------------------------------------------------------------------------
 
 
+def weakest_capability(machine: Machine) -> tuple[int, int]:
+    """The lowest compute capability among the GPUs, which decides for all of them; there must be one."""
+    return min(gpu.capability for gpu in machine.gpus)
+
+
 def compute_dtype(machine: Machine) -> tuple[str, str]:
     """The type of forward and backward pass and why, from what the chip is and never from a timing.
 
     A timing would differ from start to start, and the type is part of a run's recipe.
 
     Returns:
-        ("bfloat16" | "float32", reason for a human)
+        ("bfloat16" | "float16" | "float32", reason for a human)
     """
     if machine.gpus:
-        major, minor = capability = min(gpu.capability for gpu in machine.gpus)
+        major, minor = capability = weakest_capability(machine)
+        known = f"compute capability {major}.{minor}"
         if capability >= BF16_CAPABILITY:
-            return "bfloat16", f"the GPU has bfloat16 tensor cores (compute capability {major}.{minor})"
-        return "float32", f"the GPU is older than bfloat16 (compute capability {major}.{minor}, it needs 8.0)"
+            return "bfloat16", f"the GPU has bfloat16 tensor cores ({known})"
+        if capability >= FP16_CAPABILITY:
+            return "float16", f"the GPU has float16 tensor cores and no bfloat16 ({known}); the loss is scaled"
+        return "float32", f"the GPU has no tensor cores ({known}, they begin at 7.0)"
     for flag in BF16_CPU_FLAGS:
         if flag in machine.cpu_flags:
             return "bfloat16", f"the CPU multiplies bfloat16 in hardware (`{flag}`)"
     return "float32", "the CPU has neither `amx_bf16` nor `avx512_bf16`"
+
+
+def can_multiply_fp8(machine: Machine) -> bool:
+    """Whether every GPU has 8-bit tensor cores; a CPU computes the same, slowly, so it can."""
+    return not machine.gpus or weakest_capability(machine) >= FP8_CAPABILITY
 
 
 def default_threads(machine: Machine, ranks: int = 1) -> tuple[int, str]:
@@ -251,69 +267,6 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-# Prices are estimates: typical on-demand dollars per GPU and hour of smaller clouds, rounded; they move every month.
-PRICES_AS_OF = "2025"
-
-
-@dataclass(frozen=True)
-class GpuSpec:
-    """A chip by its data sheet: dense (not sparse) peaks in FLOP/s, float32 accumulation.
-
-    `bf16_flops` is None on chips without bfloat16, `fp8_flops` on chips without fp8; `fp32_flops` is the vector units'.
-    """
-
-    name: str
-    bf16_flops: float | None
-    fp8_flops: float | None
-    fp32_flops: float
-    usd_per_hour: float
-
-    def peak_flops(self, dtype: str) -> float:
-        """Peak FLOP/s in a compute type; types that the chip lacks run at the float32 rate at best."""
-        return (self.bf16_flops if dtype == "bfloat16" else None) or self.fp32_flops
-
-
-# (words that must all occur in the driver's name, spec). The first row that fits wins, so variants come first.
-_T = 1e12
-_GPUS: tuple[tuple[str, GpuSpec], ...] = (
-    ("gb200", GpuSpec("GB200", 2500 * _T, 5000 * _T, 80 * _T, 6.5)),
-    ("b200", GpuSpec("B200", 2250 * _T, 4500 * _T, 75 * _T, 5.0)),
-    ("gh200", GpuSpec("GH200", 989 * _T, 1979 * _T, 67 * _T, 2.5)),
-    ("h200 nvl", GpuSpec("H200 NVL", 835 * _T, 1671 * _T, 60 * _T, 3.2)),
-    ("h200", GpuSpec("H200", 989 * _T, 1979 * _T, 67 * _T, 3.5)),
-    ("h100 nvl", GpuSpec("H100 NVL", 835 * _T, 1671 * _T, 60 * _T, 2.8)),
-    ("h100 pcie", GpuSpec("H100 PCIe", 756 * _T, 1513 * _T, 51 * _T, 2.4)),
-    ("h100", GpuSpec("H100 SXM", 989 * _T, 1979 * _T, 67 * _T, 3.0)),
-    ("a100 40gb", GpuSpec("A100 40GB", 312 * _T, None, 19.5 * _T, 1.3)),
-    ("a100 pcie", GpuSpec("A100 80GB PCIe", 312 * _T, None, 19.5 * _T, 1.6)),
-    ("a100", GpuSpec("A100 80GB SXM", 312 * _T, None, 19.5 * _T, 1.8)),
-    ("l40s", GpuSpec("L40S", 362 * _T, 733 * _T, 91.6 * _T, 1.0)),
-    ("l40", GpuSpec("L40", 181 * _T, 362 * _T, 90.5 * _T, 0.9)),
-    ("l4", GpuSpec("L4", 121 * _T, 242 * _T, 30.3 * _T, 0.7)),
-    ("a10g", GpuSpec("A10G", 70 * _T, None, 35 * _T, 1.0)),
-    ("a10", GpuSpec("A10", 125 * _T, None, 31.2 * _T, 0.75)),
-    ("rtx 6000 ada", GpuSpec("RTX 6000 Ada", 364 * _T, 728 * _T, 91.1 * _T, 0.8)),
-    ("rtx 5090", GpuSpec("RTX 5090", 209 * _T, 419 * _T, 105 * _T, 0.7)),
-    ("rtx 4090", GpuSpec("RTX 4090", 165 * _T, 330 * _T, 82.6 * _T, 0.5)),
-    ("rtx 3090", GpuSpec("RTX 3090", 71 * _T, None, 35.6 * _T, 0.3)),
-    ("v100", GpuSpec("V100", None, None, 15.7 * _T, 0.55)),
-    ("t4", GpuSpec("T4", None, None, 8.1 * _T, 0.35)),
-    ("mi300x", GpuSpec("MI300X", 1307 * _T, 2615 * _T, 163 * _T, 2.5)),
-)
-# These make another chip, or a part of one, out of a name in the table; no figure is better than a wrong one.
-_OTHER_CHIP = frozenset({"mig", "laptop", "ti", "d", "super", "max"})
-
-
-def gpu_spec(name: str) -> GpuSpec | None:
-    """The data sheet behind a driver's name such as `NVIDIA H100 80GB HBM3`; None for chips not in the table."""
-    words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    if words & _OTHER_CHIP:
-        return None
-    return next((spec for wanted, spec in _GPUS if words.issuperset(wanted.split())), None)
-
-
 def cpu_matmul_flops(machine: Machine, dtype: str) -> float:
     """FLOP/s of one thread in the matrix products of a training step; plans use it where nothing was measured.
 
@@ -334,4 +287,5 @@ def cpu_matmul_flops(machine: Machine, dtype: str) -> float:
         bf16, fp32 = 15e9, 30e9
     else:
         bf16, fp32 = 10e9, 20e9
-    return {"bfloat16": bf16, "float32": fp32, "float64": fp32 / 2}[dtype]
+    # No CPU in use here multiplies float16 as such; it is converted on the way.
+    return {"bfloat16": bf16, "float16": 10e9, "float32": fp32, "float64": fp32 / 2}[dtype]

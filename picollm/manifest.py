@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 SHOWN_PROBLEMS = 10
 
 # Who is at work right now, not what was made.
-_TRANSIENT_FILES = frozenset({"lock", "lock.owner", "pid", "launcher", "STOP"})
+_TRANSIENT_FILES = frozenset({"lock", "lock.owner", "pid", "launcher", "nodes", "STOP"})
 _SKIPPED_FOLDERS = frozenset({"log", "old"})
 _REPORT_FILES = re.compile(r"^(report\.(md|json|html)|plots/.+)$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")

@@ -1,7 +1,7 @@
 """What a run is and what it will take: the whole plan, before anything is made.
 
-The arithmetic stands in three files: `scaling.py` (depth -> shape, batch, rates), `recipes.py` (what each stage is
-told) and `estimate.py` (bytes, seconds, dollars). Callers find all of it here.
+The arithmetic stands in files of its own: `scaling.py` (depth -> shape), `rates.py` (batch, rates, schedules),
+`recipes.py` and `runtimes.py` (what each stage is told), `memory.py` and `estimate.py`. Callers find all of it here.
 """
 
 from __future__ import annotations
@@ -12,32 +12,27 @@ from typing import Any
 from picollm import estimate
 from picollm.attention_choice import choose_attention
 from picollm.config.model import Architecture
-from picollm.config.recipe import ComputeDtype, Rates, Schedule
+from picollm.config.recipe import ComputeDtype, TrainRecipe
 from picollm.config.schema import RunConfig
 from picollm.hardware import Machine
-from picollm.recipes import (
+from picollm.rates import Horizon, pretrain_horizon
+from picollm.recipes import check_fp8, choose_dtype, choose_fp8, pretrain_recipe, sft_horizon, sft_recipe
+from picollm.runtimes import (
+    Fit,
     attention_device,
-    choose_dtype,
+    attention_of,
+    check_ranks,
     choose_threads,
     device_of,
     eval_runtime,
-    pretrain_recipe,
-    sft_horizon,
-    sft_recipe,
+    fit,
     train_runtime,
 )
-from picollm.scaling import (
-    Horizon,
-    Params,
-    architecture,
-    causal_flops_per_token,
-    flops_per_token,
-    num_params,
-    pretrain_horizon,
-)
+from picollm.scaling import Params, architecture, causal_flops_per_token, flops_per_token, num_params
 
 __all__ = [
     "Export",
+    "Fit",
     "Horizon",
     "Params",
     "Plan",
@@ -45,12 +40,16 @@ __all__ = [
     "architecture",
     "attention_device",
     "causal_flops_per_token",
+    "check_fp8",
+    "check_ranks",
     "choose_attention",
     "choose_dtype",
+    "choose_fp8",
     "choose_threads",
     "device_of",
     "eval_runtime",
     "exports",
+    "fit",
     "flops_per_token",
     "make_plan",
     "num_params",
@@ -78,11 +77,30 @@ class Export:
     reason: str
 
 
+def blocking_features(arch: Architecture) -> list[str]:
+    """What stock architectures (Qwen3, Apertus) do not have, each with the key that brought it."""
+    features = [
+        (arch.sliding_window, f"windows (`model.window_pattern` {arch.window_pattern})"),
+        (arch.final_logit_softcapping, f"soft-capped logits (`model.logit_softcap` {arch.final_logit_softcapping})"),
+        (arch.value_embeddings, "value embeddings (`model.value_embeddings`)"),
+        (arch.x0_scalars, "the embedding in every layer (`model.x0_scalars`)"),
+        (arch.smear, "smear (`model.smear`)"),
+        (arch.backout, "backout (`model.backout`)"),
+    ]
+    return [text for present, text in features if present]
+
+
 def exports(arch: Architecture) -> dict[str, Export]:
     """Formats that stock runtimes read, by the features of the shape (MODEL 2-4)."""
-    if arch.head_dim * arch.num_attention_heads % 32 or arch.hidden_size % 32 or arch.intermediate_size % 32:
+    if blocking := blocking_features(arch):
+        blocked = Export(
+            False, f"no stock architecture has {', '.join(blocking)}; `model.arch=portable` has none of it"
+        )
+        return {"gguf": blocked, "transformers": blocked}
+    widths = (arch.head_dim * arch.num_attention_heads, arch.hidden_size, arch.intermediate_size)
+    if any(width % 32 for width in widths):
         gguf = Export(True, "float types only: quantised rows need widths that are multiples of 32")
-    elif arch.head_dim * arch.num_attention_heads % 256 or arch.hidden_size % 256 or arch.intermediate_size % 256:
+    elif any(width % 256 for width in widths):
         gguf = Export(True, "all but K-quants, whose rows need widths that are multiples of 256")
     else:
         gguf = Export(True, "every feature folds into a stock architecture")
@@ -93,38 +111,47 @@ def exports(arch: Architecture) -> dict[str, Export]:
 class Plan:
     """What a run is and what it will take. Memory is the peak of one training process; time is on this machine."""
 
-    architecture: Architecture
+    recipe: TrainRecipe
     params: Params
     flops_per_token: float
     pretrain: Horizon
     sft: Horizon
-    rates: Rates
-    schedule: Schedule
     device: str
-    dtype: ComputeDtype
-    dtype_reason: str
     ranks: int
     threads: int
     threads_reason: str
     attention: str
     attention_reason: str
-    device_batch_size: int
-    memory: estimate.Memory
+    fit: Fit
     disk_bytes: int
     money_usd: float | None
     stages: tuple[StagePlan, ...]
     exports: dict[str, Export]
 
     @property
+    def architecture(self) -> Architecture:
+        return self.recipe.model
+
+    @property
+    def dtype(self) -> ComputeDtype:
+        return self.recipe.dtype
+
+    @property
     def memory_bytes(self) -> int:
-        return self.memory.total
+        return self.fit.memory.total
 
     @property
     def time_s(self) -> float:
         return sum(stage.time_s for stage in self.stages)
 
+    @property
+    def total_flops(self) -> float:
+        """Of pretraining, by the convention of `flops_per_token`."""
+        return self.flops_per_token * self.pretrain.tokens
+
     def to_json(self) -> dict[str, Any]:
         """The dry run's JSON (DESIGN 11), figures rounded to what the estimates are worth."""
+        recipe, fitted = self.recipe, self.fit
         return {
             "memory_gib": round(self.memory_bytes / 2**30, 2),
             "time_s": round(self.time_s, 1),
@@ -134,17 +161,26 @@ class Plan:
             "flops_per_token": self.flops_per_token,
             "device": self.device,
             "ranks": self.ranks,
-            "dtype": {"value": self.dtype, "reason": self.dtype_reason},
+            "dtype": {"value": recipe.dtype, "reason": recipe.dtype_reason},
+            "fp8": {"value": recipe.fp8, "reason": recipe.fp8_reason},
             "threads": {"value": self.threads, "reason": self.threads_reason},
             "attention": {"value": self.attention, "reason": self.attention_reason},
-            "device_batch_size": self.device_batch_size,
-            "model": self.architecture.model_dump(mode="json"),
+            "device_batch_size": fitted.rows,
+            "batch": {
+                "rows_per_pass": fitted.rows,
+                "passes_per_step": fitted.passes,
+                "activation_checkpointing": fitted.activation_checkpointing,
+                "reason": fitted.reason,
+            },
+            "model": recipe.model.model_dump(mode="json"),
             "pretrain": {
                 "steps": self.pretrain.steps,
                 "batch_tokens": self.pretrain.batch_tokens,
                 "tokens": self.pretrain.tokens,
-                "rates": self.rates.model_dump(mode="json"),
-                "schedule": self.schedule.model_dump(mode="json"),
+                "tokens_per_parameter": round(self.pretrain.ratio, 2),
+                "flops": self.total_flops,
+                "rates": recipe.rates.model_dump(mode="json"),
+                "schedule": recipe.schedule.model_dump(mode="json"),
             },
             "stages": [
                 {"name": s.name, "time_s": round(s.time_s, 1), "steps": s.steps, "tokens": s.tokens}
@@ -159,34 +195,34 @@ def make_plan(
     machine: Machine,
     *,
     ranks: int = 1,
+    ranks_per_node: int | None = None,
     price_per_hour: float | None = None,
     dataset_chars: int | None = None,
 ) -> Plan:
     """Estimate a whole run before anything is made.
 
     Args:
-        ranks: processes that train, one per GPU.
-        price_per_hour: dollars an hour for the whole machine; None takes the table's price of known GPUs.
+        ranks: processes that train, one per GPU, on all nodes; nodes are taken to be like this one.
+        ranks_per_node: those on this machine; None means all of them.
+        price_per_hour: dollars an hour for all machines; None takes the table's price of known GPUs.
         dataset_chars: characters of the training split when the dataset is there.
 
     Raises:
-        ConfigError: shapes or batches that do not divide.
+        ConfigError: shapes or batches that do not divide; more ranks than GPUs; a compute type, fp8 or attention that
+            is asked for and cannot be had.
     """
+    here = ranks_per_node or ranks
+    check_ranks(machine, here)
     recipe = pretrain_recipe(config, machine, tokenizer_vocab=config.tokenizer.vocab_size, tokenizer_sha256="", data=())
-    arch, device = recipe.model, device_of(machine)
-    params = num_params(arch)
+    arch, params = recipe.model, num_params(recipe.model)
     pretrain = pretrain_horizon(config, arch)
     sft = sft_horizon(config, arch, pretrain.batch_tokens, estimate.TOY_WORLD_CHAT_TOKENS)
-    runtime = train_runtime(config, machine, recipe, ranks=ranks)
-    threads, threads_reason = choose_threads(config, machine, ranks)
-    attention = choose_attention(
-        attention_device(machine),
-        recipe.dtype,
-        arch.max_position_embeddings,
-        windows=arch.sliding_window is not None,
-        requested=config.model.attention,
+    fitted = fit(config, machine, recipe, ranks=ranks, ranks_per_node=here)
+    threads, threads_reason = choose_threads(config, machine, here)
+    attention = attention_of(config, machine, arch, recipe.dtype)
+    speed = estimate.training_speed(
+        arch, machine, recipe.dtype, threads, ranks, fp8=recipe.fp8, checkpointing=fitted.activation_checkpointing
     )
-    speed = estimate.training_speed(arch, machine, recipe.dtype, threads, ranks)
     # A dataset that was counted is there and needs no more room.
     chars = dataset_chars or estimate.dataset_chars(config.data.dataset, pretrain.tokens)
     missing = 0 if dataset_chars else estimate.dataset_bytes(chars)
@@ -194,29 +230,25 @@ def make_plan(
         StagePlan("tokenizer", estimate.tokenizer_time(min(chars, config.tokenizer.max_chars))),
         StagePlan("pretrain", estimate.training_time(pretrain.tokens, speed), pretrain.steps, pretrain.tokens),
         StagePlan("sft", estimate.training_time(sft.tokens, speed), sft.steps, sft.tokens),
-        StagePlan("eval", estimate.eval_time(config, chars, speed)),
+        # One process evaluates, however many have trained.
+        StagePlan("eval", estimate.eval_time(config, chars, speed / ranks)),
         StagePlan("report", estimate.REPORT_TIME_S),
     )
     hours = sum(stage.time_s for stage in stages) / 3600
     hourly = price_per_hour if price_per_hour is not None else estimate.price_per_hour(machine, ranks)
     return Plan(
-        architecture=arch,
+        recipe=recipe,
         params=params,
         flops_per_token=flops_per_token(arch),
         pretrain=pretrain,
         sft=sft,
-        rates=recipe.rates,
-        schedule=recipe.schedule,
-        device=device,
-        dtype=recipe.dtype,
-        dtype_reason=recipe.dtype_reason,
+        device=device_of(machine),
         ranks=ranks,
         threads=threads,
         threads_reason=threads_reason,
         attention=str(attention),
         attention_reason=attention.reason,
-        device_batch_size=runtime.device_batch_size,
-        memory=estimate.training_memory(arch, recipe.dtype, runtime.device_batch_size, device, attention.full),
+        fit=fitted,
         disk_bytes=estimate.disk(params, config.train.keep_last) + missing,
         money_usd=None if hourly is None else hours * hourly,
         stages=stages,

@@ -1,34 +1,32 @@
-"""Config and machine -> recipe and runtime of each training stage: the two halves of its `config.json`."""
+"""Config and machine -> the recipe of each training stage: what is trained, the first half of its `config.json`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from picollm import estimate, hardware
-from picollm.attention_choice import AttentionDevice, choose_attention
+from picollm import hardware
 from picollm.config.model import Architecture
-from picollm.config.recipe import EvalRuntime, Source, TrainRecipe, TrainRuntime
+from picollm.config.recipe import Source, TrainRecipe
 from picollm.config.schema import RunConfig
 from picollm.errors import ConfigError
 from picollm.hardware import Machine
-from picollm.scaling import (
+from picollm.rates import (
     Horizon,
-    architecture,
     check_batch,
-    num_params,
     pretrain_horizon,
     pretrain_rates,
     pretrain_schedule,
     sft_rates,
     sft_schedule,
 )
+from picollm.scaling import architecture, num_params
 
-# More tokens per forward pass gain nothing on a CPU and cost memory.
-CPU_MICRO_BATCH_TOKENS = 8192
-# Shares of memory that training may plan for: other programs need some, and estimates err.
-CPU_MEMORY_SHARE = 0.5
-GPU_MEMORY_SHARE = 0.9
+# Quantising costs more than 8-bit products gain in narrow models: nanochat's d12 lost, d24 (1 536) and d26 won 15 to
+# 17 % (GPU.md 2a); nothing between was measured.
+FP8_MIN_HIDDEN_SIZE = 1536
+# Hopper and data-centre Blackwell, whose 8-bit units are twice as fast as the 16-bit ones in training.
+FP8_CAPABILITIES = ((9, 0), (12, 0))
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
@@ -45,17 +43,21 @@ def pretrain_recipe(
     """What `pretrain` trains, every number decided.
 
     Raises:
-        ConfigError: shapes or a batch that do not divide.
+        ConfigError: shapes or a batch that do not divide; or fp8 is asked for where it cannot be had.
     """
     arch = architecture(config, tokenizer_vocab)
     horizon = pretrain_horizon(config, arch)
     dtype, reason = choose_dtype(config, machine)
+    fp8, fp8_reason = choose_fp8(config, machine, arch, dtype)
     return TrainRecipe(
         stage="pretrain",
         seed=config.seed,
         model=arch,
         dtype=dtype,
         dtype_reason=reason,
+        fp8=fp8,
+        fp8_reason=fp8_reason,
+        z_loss=config.train.z_loss,
         steps=horizon.steps,
         batch_tokens=horizon.batch_tokens,
         rates=pretrain_rates(config, arch, horizon),
@@ -96,24 +98,31 @@ def sft_recipe(
     """What `sft` trains: pretraining's model, batch, compute type and rates, with its own horizon and schedule.
 
     Args:
-        machine: decides the compute type only when `train.dtype` no longer asks for pretraining's.
+        machine: decides the compute type only when `train.dtype` no longer asks for pretraining's, and fp8 only where
+            this machine cannot do what pretraining's did.
         data: datasets of conversations with their shares.
         init_from: sha256 of pretraining's `model.safetensors`.
         num_tokens: tokens in the conversations, for one pass when `sft.steps` is None.
 
     Raises:
-        ConfigError: as in `sft_horizon`.
+        ConfigError: as in `sft_horizon`; or fp8 is asked for where it cannot be had.
     """
     horizon = sft_horizon(config, pretrain.model, pretrain.batch_tokens, num_tokens)
     dtype, reason = pretrain.dtype, "as in pretraining"
     if config.train.dtype not in ("auto", pretrain.dtype):
         dtype, reason = choose_dtype(config, machine)
+    fp8, fp8_reason = pretrain.fp8, "as in pretraining"
+    if config.train.fp8 not in (None, fp8) or (fp8 and not may_use_fp8(machine, dtype)):
+        fp8, fp8_reason = choose_fp8(config, machine, pretrain.model, dtype)
     return pretrain.model_copy(
         update={
             "stage": "sft",
             "seed": config.seed,
             "dtype": dtype,
             "dtype_reason": reason,
+            "fp8": fp8,
+            "fp8_reason": fp8_reason,
+            "z_loss": config.train.z_loss,
             "steps": horizon.steps,
             "batch_tokens": horizon.batch_tokens,
             "rates": sft_rates(pretrain.rates, config.sft.lr_scale),
@@ -125,19 +134,7 @@ def sft_recipe(
     )
 
 
-# -- runtimes ---------------------------------------------------------------------------------------------------------
-
-
-def device_of(machine: Machine) -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
-    return "cuda" if machine.gpus else "cpu"
-
-
-def attention_device(machine: Machine) -> AttentionDevice:
-    """What is known of the machine's kernels before torch was asked: its bundled libraries are taken to be there."""
-    if not machine.gpus:
-        return AttentionDevice("cpu")
-    return AttentionDevice("cuda", capability=min(gpu.capability for gpu in machine.gpus))
+# -- precision --------------------------------------------------------------------------------------------------------
 
 
 def choose_dtype(config: RunConfig, machine: Machine) -> tuple[str, str]:
@@ -147,78 +144,60 @@ def choose_dtype(config: RunConfig, machine: Machine) -> tuple[str, str]:
     return hardware.compute_dtype(machine)
 
 
-def choose_threads(config: RunConfig, machine: Machine, ranks: int = 1) -> tuple[int, str]:
-    """CPU threads of each rank, and why."""
-    if config.train.threads is not None:
-        return config.train.threads, "`train.threads` asks for it"
-    return hardware.default_threads(machine, ranks)
-
-
-def device_batch(
-    config: RunConfig, machine: Machine, arch: Architecture, dtype: str, batch_tokens: int, *, key: str, ranks: int = 1
-) -> int:
-    """Rows per forward pass on one rank: the largest divisor of a rank's rows whose estimated peak fits.
-
-    Depends on installed memory, not on what is free now, so that a run is the same when it is made again.
-
-    Args:
-        key: dotted key of the batch, for errors.
+def choose_fp8(config: RunConfig, machine: Machine, arch: Architecture, dtype: str) -> tuple[bool, str]:
+    """Whether the large matrices multiply in 8 bits, and why.
 
     Raises:
-        ConfigError: the batch does not split over ranks, or not by `train.device_batch_size`.
+        ConfigError: `train.fp8` asks for it and this machine or compute type cannot.
     """
-    row = arch.max_position_embeddings
-    on_ranks = f"on {ranks} ranks" if ranks > 1 else "on one rank"
-    check_batch(key, batch_tokens, row * ranks, of=f"{row} tokens a row {on_ranks}")
-    rows = batch_tokens // row // ranks
-    asked = config.train.device_batch_size
-    if asked is not None:
-        rows_asked = f"{asked} rows (`train.device_batch_size`) of {row} tokens {on_ranks}"
-        check_batch(key, batch_tokens, asked * row * ranks, of=rows_asked)
-        return asked
-    device = device_of(machine)
-    attention = choose_attention(attention_device(machine), dtype, row, requested=config.model.attention).full
-    if device == "cuda":
-        budget = GPU_MEMORY_SHARE * min(gpu.memory_bytes for gpu in machine.gpus)
-    else:
-        budget = CPU_MEMORY_SHARE * machine.memory_bytes / ranks
-    for size in range(rows, 1, -1):
-        if rows % size or (device == "cpu" and size * row > CPU_MICRO_BATCH_TOKENS):
-            continue
-        if estimate.training_memory(arch, dtype, size, device, attention).total <= budget:
-            return size
-    return 1
+    asked = config.train.fp8
+    if asked is None:
+        return _automatic_fp8(machine, arch, dtype)
+    if asked:
+        check_fp8(machine, dtype)
+        if not machine.gpus:
+            return True, "`train.fp8` asks for it; a CPU imitates it, more slowly than bfloat16"
+    return asked, "`train.fp8` asks for it" if asked else "`train.fp8` forbids it"
 
 
-def train_runtime(config: RunConfig, machine: Machine, recipe: TrainRecipe, *, ranks: int = 1) -> TrainRuntime:
-    """How a training stage is executed on this machine.
+def _automatic_fp8(machine: Machine, arch: Architecture, dtype: str) -> tuple[bool, str]:
+    if not machine.gpus:
+        return False, "8-bit products are faster on GPUs alone"
+    major, minor = capability = hardware.weakest_capability(machine)
+    if capability < hardware.FP8_CAPABILITY:
+        return False, f"the GPU has no 8-bit tensor cores (compute capability {major}.{minor}, they begin at 8.9)"
+    lowest, beyond = FP8_CAPABILITIES
+    if not lowest <= capability < beyond:
+        return False, f"no gain is known for compute capability {major}.{minor}; `train.fp8=true` tries it"
+    if dtype != "bfloat16":
+        return False, f"8-bit products go with bfloat16, and the run is {dtype}"
+    if arch.hidden_size < FP8_MIN_HIDDEN_SIZE:
+        return False, f"quantising would cost more than it gains below a width of {FP8_MIN_HIDDEN_SIZE}"
+    return True, f"the GPU has 8-bit tensor cores (compute capability {major}.{minor}) and the model is wide enough"
+
+
+def may_use_fp8(machine: Machine, dtype: str) -> bool:
+    """Whether 8-bit products are possible at all."""
+    return dtype == "bfloat16" and hardware.can_multiply_fp8(machine)
+
+
+def check_fp8(machine: Machine, dtype: str) -> None:
+    """Refuse fp8 where it is not possible.
 
     Raises:
-        ConfigError: the batch does not split over `ranks`.
+        ConfigError: the compute type is not bfloat16, or a GPU has no 8-bit tensor cores.
     """
-    train, device = config.train, device_of(machine)
-    key = "train.batch_tokens" if recipe.stage == "pretrain" or config.sft.batch_tokens is None else "sft.batch_tokens"
-    return TrainRuntime(
-        ranks=ranks,
-        threads=choose_threads(config, machine, ranks)[0],
-        device_batch_size=device_batch(
-            config, machine, recipe.model, recipe.dtype, recipe.batch_tokens, key=key, ranks=ranks
-        ),
-        # The worker resolves `auto`, by the device it really has.
-        attention=config.model.attention,
-        compile=device == "cuda" if train.compile is None else train.compile,
-        checkpoint_every=train.checkpoint_every or checkpoint_cadence(recipe.steps),
-        keep_last=train.keep_last,
-        eval_every=train.eval_every or (250 if recipe.steps >= 1000 else None),
-        eval_tokens=train.eval_tokens,
+    if may_use_fp8(machine, dtype):
+        return
+    if not hardware.can_multiply_fp8(machine):
+        major, minor = hardware.weakest_capability(machine)
+        raise ConfigError(
+            "`train.fp8` (true) is not possible on this GPU",
+            cause=f"its compute capability is {major}.{minor}; 8-bit tensor cores begin at 8.9",
+            hint="use `--set train.fp8=false`, in a new run where the stage has started with 8 bits",
+        )
+    raise ConfigError(
+        f"`train.fp8` (true) does not go with `train.dtype` ({dtype})",
+        cause="8-bit products take and give bfloat16",
+        hint="use `--set train.dtype=bfloat16`, or `--set train.fp8=false`",
     )
-
-
-def checkpoint_cadence(steps: int) -> int:
-    """About twenty checkpoints a run, 10 to 1 000 steps apart."""
-    return min(1000, max(10, round(steps / 20)))
-
-
-def eval_runtime(config: RunConfig, machine: Machine) -> EvalRuntime:
-    """How an evaluation is executed on this machine."""
-    return EvalRuntime(threads=choose_threads(config, machine)[0], batch_size=config.eval.batch_size)

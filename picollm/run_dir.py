@@ -283,6 +283,11 @@ class RunDir:
         return self.path / "manifest.json"
 
     @property
+    def nodes_path(self) -> Path:
+        """Where the command on node 0 tells those on other nodes what to join."""
+        return self.path / "nodes"
+
+    @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
 

@@ -22,6 +22,7 @@ from picollm.hardware import Machine
 from picollm.run_dir import base_dir
 
 CACHE_NAME = "machine.json"
+SCHEMA = 2  # of what is kept; an answer of another shape is asked again
 # A cold disk needs tens of seconds to load a CUDA build of torch.
 PROBE_TIMEOUT_S = 180.0
 REQUIREMENT = "torch>=2.9,<2.14"  # as in pyproject.toml, which a broken installation cannot be asked for
@@ -53,7 +54,7 @@ def torch_facts(machine: Machine, base: Path | None = None) -> dict[str, Any]:
         return facts
     facts = run_probe()
     with contextlib.suppress(PicollmError, OSError):
-        write_json(path, {"schema": 1, "key": key, "facts": facts})
+        write_json(path, {"schema": SCHEMA, "key": key, "facts": facts})
     return facts
 
 
@@ -98,7 +99,7 @@ def _read_cache(path: Path, key: str) -> dict[str, Any] | None:
         stored = read_json(path)
     except (PicollmError, OSError):
         return None
-    if not isinstance(stored, dict) or stored.get("schema") != 1 or stored.get("key") != key:
+    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or stored.get("key") != key:
         return None
     facts = stored.get("facts")
     return facts if isinstance(facts, dict) and "torch" in facts else None

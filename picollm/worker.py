@@ -7,19 +7,35 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from picollm.errors import ConfigError, Interrupted, OutOfMemory, PicollmError, first_line
+from picollm.errors import (
+    ConfigError,
+    Diverged,
+    HostError,
+    IntegrityError,
+    Interrupted,
+    MissingArtifact,
+    OutOfMemory,
+    PicollmError,
+    first_line,
+)
 from picollm.events import EventWriter, attempts
 from picollm.locks import hold_lock
 from picollm.run_dir import StageDir
 
 LOOK_EVERY_S = 1.0
+# A rank without a parent whose peers do not answer cannot agree with them to stop; the next command waits 60 s for it.
+ORPHAN_EXIT_S = 45.0
+# What starting again cannot cure.
+DETERMINISTIC = (ConfigError, Diverged, HostError, IntegrityError, MissingArtifact)
 
 
 class Worker:
@@ -45,13 +61,34 @@ class Worker:
         self._stop = True
 
     def should_stop(self) -> bool:
-        """True when somebody asked for it, or when whoever started us is gone. Looks at most once a second."""
+        """True when somebody asked for it, or when whoever started us is gone. Looks at most once a second.
+
+        Every rank has a parent of its own to look at, on its own machine; the files are rank 0's to look at.
+        """
         if not self._stop and (now := time.monotonic()) - self._looked >= LOOK_EVERY_S:
             self._looked = now
-            self._stop = os.getppid() != self._parent or (
+            self._stop = self._is_orphan() or (
                 self.rank == 0 and (self.stage.stop_path.exists() or not launcher_lives(self.stage))
             )
         return self._stop
+
+    def _is_orphan(self) -> bool:
+        return os.getppid() != self._parent
+
+    def leave_when_orphaned(self) -> None:
+        """Exit without saving when this rank waits in vain for peers after its parent died; watched by a thread.
+
+        One process alone needs none: it stops by itself.
+        """
+
+        def watch() -> None:
+            while not self._is_orphan():
+                time.sleep(LOOK_EVERY_S)
+            time.sleep(ORPHAN_EXIT_S)
+            os._exit(Interrupted.exit_code)
+
+        if self.world > 1:
+            threading.Thread(target=watch, name="orphan", daemon=True).start()
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write an event; only rank 0 does."""
@@ -73,7 +110,9 @@ def launcher_lives(stage: StageDir) -> bool:
     import psutil
 
     try:
-        pid, started = stage.launcher_path.read_text().split()
+        pid, started, *host = stage.launcher_path.read_text().split()
+        if host and host != [socket.gethostname()]:
+            return True  # on another machine, where torchrun put rank 0's node second; our own parent tells enough
         return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.0
     except FileNotFoundError:
         return True
@@ -99,13 +138,29 @@ def run(main: Callable[[Worker], None]) -> NoReturn:
                 hint="`picollm pretrain --help` starts workers with everything they need",
             )
         stage = StageDir(Path(sys.argv[1]).absolute())
-        code = _run_stage(stage, main, rank, world)
+        given_up = _given_up(stage)
+        code = _run_stage(stage, main, rank, world) if given_up is None else given_up
     except BaseException as error:
         code = _report(stage, error, rank)
+    if code == Interrupted.exit_code and "TORCHELASTIC_RUN_ID" in os.environ:
+        code = 0  # torchrun would start again what was asked to stop; the parent reads the events
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def _given_up(stage: StageDir) -> int | None:
+    """Exit code when torchrun starts us again and should not: after a stop, or an error that comes back every time."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    if stage.stop_path.exists() or not launcher_lives(stage):
+        return Interrupted.exit_code
+    try:
+        report = json.loads((stage.log_dir / "error.json").read_bytes())
+        return next((kind.exit_code for kind in DETERMINISTIC if kind.__name__ == report["type"]), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _run_stage(stage: StageDir, main: Callable[[Worker], None], rank: int, world: int) -> int:
@@ -118,6 +173,7 @@ def _run_stage(stage: StageDir, main: Callable[[Worker], None], rank: int, world
             stage.pid_path.write_text("")
             stack.callback(stage.pid_path.unlink, missing_ok=True)
         worker = Worker(stage, config, rank, world)
+        worker.leave_when_orphaned()
         keep_freed_memory()
         _limit_threads(int(config["runtime"]["threads"]))
         from picollm.train import distributed
@@ -166,7 +222,7 @@ def _report(stage: StageDir | None, error: BaseException, rank: int) -> int:
         return error.exit_code
     trace = "".join(traceback.format_exception(error))
     print(trace, file=sys.stderr, flush=True)
-    known = _known(error)
+    known = as_known(error)
     if stage is not None and stage.path.is_dir():
         with contextlib.suppress(OSError):  # the first rank to fail tells; a full disk must not hide the error
             stage.log_dir.mkdir(parents=True, exist_ok=True)
@@ -175,14 +231,36 @@ def _report(stage: StageDir | None, error: BaseException, rank: int) -> int:
     return known.exit_code
 
 
-def _known(error: BaseException) -> PicollmError:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of a GPU or of the host, ran out: each library has its own way to say so."""
+    if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
+
+
+# CPU allocator on Linux and elsewhere, C++, oneDNN, cuBLAS, the CUDA runtime.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "could not create a memory",
+    "ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+
+
+def as_known(error: BaseException) -> PicollmError:
+    """An exception as an error of our tree: out of memory is known by its types and words."""
     if isinstance(error, PicollmError):
         return error
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if out_of_memory or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OutOfMemory(
             "out of memory",
             cause=first_line(error),
             hint="lower `--set train.device_batch_size=…`; the batch in tokens stays the same",
         )
+    if type(error).__name__ == "DistBackendError" or "closed by peer" in str(error):
+        # Not the culprit, who was killed without a word or is about to report.
+        return PicollmError("another process of the stage is gone", cause=first_line(error))
     return PicollmError(f"{type(error).__name__}: {error}")

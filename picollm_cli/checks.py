@@ -69,7 +69,7 @@ def check_plan_time(at: Inspection) -> Check:
     whole, part = duration(round(plan.time_s)), duration(round(longest.time_s))
     detail = f"about {whole} for {at.subject}, {part} of it `{longest.name}`"
     if plan.money_usd is not None:
-        from picollm.hardware import PRICES_AS_OF
+        from picollm.gpu_specs import PRICES_AS_OF
 
         detail += f"; about ${plan.money_usd:,.2f} at typical prices of {PRICES_AS_OF}"
     if plan.time_s > LONG_RUN_S:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from rich.theme import Theme
 
 from picollm.errors import ConfigError, PicollmError
@@ -64,8 +65,8 @@ class Output:
         self.stderr.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
-        self.stderr.print("[warn]warning:[/warn] ", end="")
-        self.stderr.print(text, markup=False)
+        # In one piece: a live line would be drawn again after the first word.
+        self.stderr.print(Text.assemble(("warning:", "warn"), f" {text}"))
 
     def hint(self, text: str) -> None:
         """The next command, on stderr after a blank line."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from picollm.units import duration, size
 from picollm_cli.console import Output
-from picollm_cli.launch_line import Launch, launch_command
+from picollm_cli.launch_line import Launch, launch_commands
 from picollm_cli.prepare import Prepared, plan_of
+
+if TYPE_CHECKING:
+    from picollm.plan import Plan
 
 
 def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pretrain") -> None:
@@ -25,8 +28,9 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
     from picollm.hardware import detect
 
     run = prepared.run
-    plan = plan_of(prepared, ranks=launch.ranks)
-    command = launch_command(run.stage(stage), f"picollm.stages.{stage}", launch, has_gpu=bool(detect().gpus))
+    plan = plan_of(prepared, launch)
+    module = f"picollm.stages.{stage}"
+    commands = launch_commands(run.stage(stage), module, launch, has_gpu=bool(detect().gpus))
     config = prepared.config.model_dump(mode="json")
     out.result(
         {
@@ -37,39 +41,65 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
             **plan.to_json(),
             "config": config,
             "sources": prepared.sources,
-            "launch": command,
+            "launch": commands[launch.node_rank],
+            "launch_nodes": commands,
         }
     )
     out.print(f"run `{run.name}`, {'new' if prepared.new else 'continued'}, in {run.path}")
-    out.print()
-    out.print("Config", style="name")
-    out.print(_config_table(dict(flatten(config)), prepared.sources))
-    out.print()
-    out.print("Estimate", style="name")
-    money = "no price known for this machine" if plan.money_usd is None else f"{plan.money_usd:,.2f} USD"
-    rows = {
-        "parameters": f"{plan.params.total:,}",
-        "device": f"{plan.device}, {plan.ranks} rank{'s' * (plan.ranks > 1)} "
-        f"of {plan.threads} thread{'s' * (plan.threads > 1)}"
-        f" ({plan.threads_reason})",
-        "dtype": f"{plan.dtype} ({plan.dtype_reason})",
-        "attention": f"{plan.attention} ({plan.attention_reason})",
-        "memory": f"about {size(plan.memory_bytes)} in the largest process",
-        "disk": f"about {size(plan.disk_bytes)}",
-        "time": f"about {duration(round(plan.time_s))} on an idle machine",
-        "money": money,
-    }
-    out.print(_two_columns(rows))
-    out.print()
-    out.print("Stages", style="name")
     stages = {}
     for part in plan.stages:
         work = f"  {part.steps:,} steps, {part.tokens:,} tokens" if part.steps and part.tokens else ""
         stages[part.name] = f"{duration(round(part.time_s)):>12}{work}"
-    out.print(_two_columns(stages))
+    exports = {name: f"{'yes' if e.possible else 'no'} ({e.reason})" for name, e in plan.exports.items()}
+    for title, table in (
+        ("Config", _config_table(dict(flatten(config)), prepared.sources)),
+        ("Estimate", _two_columns(_estimate(plan))),
+        ("Stages", _two_columns(stages)),
+        ("Exports", _two_columns(exports)),
+    ):
+        out.print()
+        out.print(title, style="name")
+        out.print(table)
     out.print()
     out.print("Launch", style="name")
-    out.print(f"  {shlex.join(command)}")
+    for rank, command in enumerate(commands):
+        node = f"node {rank}: " if launch.nnodes > 1 else ""
+        out.print(f"  {node}{shlex.join(command)}")
+
+
+def _estimate(plan: Plan) -> dict[str, str]:
+    """What the run is on this machine and what it takes: a name and a line each."""
+    recipe, batch = plan.recipe, plan.fit
+    cut = [_counted(plan.ranks, "rank"), _counted(batch.passes, "pass", "passes"), _counted(batch.rows, "row")]
+    row = recipe.model.max_position_embeddings
+    rows = {
+        "parameters": f"{plan.params.total:,}",
+        "compute": f"{plan.flops_per_token:.3g} FLOPs a token, {plan.total_flops:.3g} in pretraining",
+        "device": f"{plan.device}, {cut[0]} of {_counted(plan.threads, 'thread')} ({plan.threads_reason})",
+        "dtype": f"{plan.dtype} ({recipe.dtype_reason})",
+        "fp8": f"{'yes' if recipe.fp8 else 'no'} ({recipe.fp8_reason})",
+        "attention": f"{plan.attention} ({plan.attention_reason})",
+        "step": f"{recipe.batch_tokens:,} tokens: {' x '.join(cut)} of {row:,} ({batch.reason})",
+        "memory": f"about {size(plan.memory_bytes)} in the largest process ({_holders(plan)})",
+        "disk": f"about {size(plan.disk_bytes)}",
+        "time": f"about {duration(round(plan.time_s))} on an idle machine",
+        "money": "no price known for this machine" if plan.money_usd is None else f"{plan.money_usd:,.2f} USD",
+    }
+    if batch.activation_checkpointing:
+        rows["step"] += "; blocks are computed twice, which takes a third longer"
+    return rows
+
+
+def _counted(number: int, word: str, plural: str | None = None) -> str:
+    return f"{number:,} {word if number == 1 else plural or word + 's'}"
+
+
+def _holders(plan: Plan) -> str:
+    """The three largest parts of the memory, in words."""
+    memory = plan.fit.memory
+    parts = {name: getattr(memory, name) for name in ("weights", "optimizer", "gradients", "activations", "loss")}
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name} {size(held)}" for name, held in largest)
 
 
 def _two_columns(rows: dict[str, str]) -> Table:

@@ -1,27 +1,44 @@
-"""How a stage is launched: the option `--launch`, and the exact command line it becomes."""
+"""How a stage is launched: the option `--launch`, and the exact command line it becomes on each node."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from picollm.errors import ConfigError, did_you_mean
 from picollm.run_dir import StageDir
 
+# How often torchrun starts all ranks again, from the last checkpoint, after one of them died.
+RESTARTS = 3
+# How long a node waits in torchrun for the others to come, at the start and after a restart.
+JOIN_TIMEOUT_S = 600
+
 
 @dataclass(frozen=True)
 class Launch:
-    """How a stage is launched: `--launch nproc=8,nnodes=2,node_rank=0,rdzv=host:port`."""
+    """How a stage is launched: `--launch nproc=8,nnodes=2,node_rank=0,rdzv=host:port,restarts=3`."""
 
     nproc: int = 1
     nnodes: int = 1
     node_rank: int = 0
     rdzv: str | None = None
+    restarts: int | None = None
 
     @property
     def ranks(self) -> int:
         return self.nproc * self.nnodes
+
+    @property
+    def max_restarts(self) -> int:
+        """As asked for; else none for one process, which the same command continues as well."""
+        return (RESTARTS if self.ranks > 1 else 0) if self.restarts is None else self.restarts
+
+    @property
+    def lead_host(self) -> str:
+        """Node 0's name or address, as the other nodes reach it."""
+        assert self.rdzv is not None
+        return self.rdzv.rpartition(":")[0].strip("[]")
 
 
 def parse_launch(text: str | None) -> Launch:
@@ -46,9 +63,13 @@ def parse_launch(text: str | None) -> Launch:
                 hint=did_you_mean(key, known, otherwise=hint),
             )
         if key == "rdzv":
+            host, _, port = value.rpartition(":")
+            if not host or not port.isdecimal():
+                cause = "it must be node 0's name or address and a free port there"
+                raise ConfigError(f"`--launch rdzv={value}` is not `host:port`", cause=cause, hint=hint)
             values[key] = value
             continue
-        lowest = 0 if key == "node_rank" else 1
+        lowest = 1 if key in ("nproc", "nnodes") else 0
         if not value.isdecimal() or int(value) < lowest:
             raise ConfigError(
                 f"`--launch {key}={value}` is out of range", cause=f"it must be a whole number from {lowest}", hint=hint
@@ -66,23 +87,54 @@ def parse_launch(text: str | None) -> Launch:
     return launch
 
 
-def launch_command(stage: StageDir, module: str, launch: Launch, *, has_gpu: bool) -> list[str]:
-    """The exact command line of a stage's worker.
+def attempt_id(stage: StageDir) -> str:
+    """Name of the stage's next attempt, which is torchrun's rendezvous id: an agent of an earlier one never joins it.
+
+    Every attempt leaves a log, and `--force` moves the logs to `old/`, so no number comes twice.
+    """
+    logs = [*stage.log_dir.glob("attempt_*.log"), *stage.run.path.glob(f"old/*-{stage.path.name}*/log/attempt_*.log")]
+    numbers = [path.stem.removeprefix("attempt_") for path in logs]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return f"{stage.run.name}-{stage.path.name}-{last + 1}"
+
+
+def launch_command(
+    stage: StageDir, module: str, launch: Launch, *, has_gpu: bool, attempt: str | None = None
+) -> list[str]:
+    """The exact command line of a stage's workers on one node.
 
     One process without a GPU runs the module itself: torchrun would cost seconds and bring nothing.
+
+    Args:
+        attempt: the rendezvous id that node 0 made; the next one unless told.
     """
     worker = ["-m", module, str(stage.path)]
-    if launch.ranks == 1 and not has_gpu:
+    if launch.ranks == 1 and not has_gpu and not launch.max_restarts:
         return [sys.executable, *worker]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={launch.nproc}", "--max-restarts=0"]
+    torchrun = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        f"--nproc-per-node={launch.nproc}",
+        f"--max-restarts={launch.max_restarts}",
+    ]
     if launch.nnodes == 1:
         return [*torchrun, "--standalone", *worker]
+    leads = launch.node_rank == 0
+    # The rendezvous numbers nodes by the order of these names, and the name of the first is where its ranks are met.
+    # `~` comes after every letter and digit: so rank 0, which holds the lock and sees its launcher, stays on node 0.
+    name = launch.lead_host if leads else f"~{launch.node_rank:04}"
     return [
         *torchrun,
         f"--nnodes={launch.nnodes}",
-        f"--node-rank={launch.node_rank}",
+        f"--local-addr={name}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={launch.rdzv}",
-        f"--rdzv-id={stage.run.name}-{stage.path.name}",
+        f"--rdzv-id={attempt or attempt_id(stage)}",
+        f"--rdzv-conf=is_host={int(leads)},join_timeout={JOIN_TIMEOUT_S}",
         *worker,
     ]
+
+
+def launch_commands(stage: StageDir, module: str, launch: Launch, *, has_gpu: bool) -> list[list[str]]:
+    """`launch_command` for every node, node 0 first."""
+    nodes = [replace(launch, node_rank=rank) for rank in range(launch.nnodes)]
+    return [launch_command(stage, module, node, has_gpu=has_gpu) for node in nodes]

@@ -19,6 +19,7 @@ REDRAW_EVERY_S = 0.25
 LOSS_SMOOTHING = 0.9
 # Step events over which the pace behind "time left" is measured.
 PACE_STEPS = 50
+BAR_WIDTH = 20
 
 
 def _one_line(text: object, longest: int = 100) -> str:
@@ -28,31 +29,53 @@ def _one_line(text: object, longest: int = 100) -> str:
 
 
 class Progress:
-    """What is known about a running stage, from its events."""
+    """What is known about a running stage, from its events.
 
-    def __init__(self) -> None:
+    Args:
+        phase: what it does before its first event.
+        usd_per_hour: price of what it runs on, where that is known.
+    """
+
+    def __init__(self, phase: str = "", usd_per_hour: float | None = None) -> None:
+        self.phase = phase
+        self.usd_per_hour = usd_per_hour
+        self.starts = 0
         self.step = 0
         self.total: int | None = None
         self.tokens_per_s: float | None = None
+        self.mfu: float | None = None
         self.mem_gib: float | None = None
+        self.grad_norm: float | None = None
         self._loss = 0.0
         self._weight = 0.0
         self._pace: list[float] = []
+        self._started = self._phase_since = time.monotonic()
 
     def update(self, event: Event) -> None:
         """Take one event in; kinds that say nothing about progress are ignored."""
         if event["kind"] == "stage_start":
+            self.starts += 1
             self.step, self.total = event.get("resumed_from") or 0, event.get("total_steps")
+            self._loss = self._weight = 0.0
+            self._pace = []
+            self._enter("")
+        elif event["kind"] == "phase":
+            self._enter(str(event.get("text") or ""))
         elif event["kind"] == "step":
+            self._enter("")
             before, self.step = self.step, event.get("step", self.step)
-            self.tokens_per_s = event.get("tokens_per_s") or self.tokens_per_s
-            self.mem_gib = event.get("mem_gib") or self.mem_gib
+            for figure in ("tokens_per_s", "mfu", "mem_gib", "grad_norm"):
+                setattr(self, figure, event.get(figure) or getattr(self, figure))
             if (loss := event.get("loss")) is not None:
                 self._loss = LOSS_SMOOTHING * self._loss + (1 - LOSS_SMOOTHING) * loss
                 self._weight = LOSS_SMOOTHING * self._weight + 1 - LOSS_SMOOTHING
             if dt_s := event.get("dt_s"):
                 # An evaluation counts tokens or questions and tells of many at once.
                 self._pace = [*self._pace, dt_s / max(1, self.step - before)][-PACE_STEPS:]
+
+    def _enter(self, phase: str) -> None:
+        if phase != self.phase:
+            self.phase, self._phase_since = phase, time.monotonic()
 
     @property
     def loss(self) -> float | None:
@@ -65,32 +88,65 @@ class Progress:
             return None
         return (self.total - self.step) * sum(self._pace) / len(self._pace)
 
-    def figures(self) -> str:
-        """`loss 2.31  16,004 tok/s  625 MiB  12 s left`, as far as known."""
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Dollars since the command started the stage, at typical prices; None where none is known."""
+        return None if self.usd_per_hour is None else self.usd_per_hour * self.elapsed_s / 3600
+
+    def count(self) -> str:
+        """`120/1,000`, `120` or nothing."""
+        return f"{self.step:,}/{self.total:,}" if self.total else (f"{self.step:,}" if self.step else "")
+
+    def doing(self) -> str:
+        """A phase that is not a step, and for how long: `compiling… 12 s`."""
+        return f"{self.phase} {duration(round(time.monotonic() - self._phase_since))}" if self.phase else ""
+
+    def speed(self) -> list[str]:
+        """`loss 2.310`, `16,004 tok/s`, `MFU 52.1 %`, `625 MiB`, as far as known."""
         parts = [
             None if self.loss is None else f"loss {self.loss:.3f}",
             None if not self.tokens_per_s else f"{self.tokens_per_s:,.0f} tok/s",
+            None if not self.mfu else f"MFU {100 * self.mfu:.1f} %",
             None if not self.mem_gib else size(self.mem_gib * 2**30),
-            None if not self.left_s else f"{duration(round(self.left_s))} left",
         ]
-        return "  ".join(part for part in parts if part)
+        return [part for part in parts if part]
+
+    def ahead(self) -> list[str]:
+        """`12 s left`, `about 1.20 USD so far`, as far as known."""
+        parts = [
+            None if not self.left_s else f"{duration(round(self.left_s))} left",
+            None if self.cost_usd is None else f"about {self.cost_usd:,.2f} USD so far",
+        ]
+        return [part for part in parts if part]
 
     def line(self, title: str) -> str:
-        count = f"{self.step:,}/{self.total:,}" if self.total else (f"{self.step:,}" if self.step else "")
-        return "  ".join(part for part in (f"{title} {count}".strip(), self.figures()) if part)
+        """Everything in one line, for a log."""
+        parts = [f"{title} {self.count()}".strip(), self.doing(), *self.speed(), *self.ahead()]
+        return "  ".join(part for part in parts if part)
 
 
 class StageView:
-    """Shows one stage from `__enter__` to `__exit__`; `show` takes events, `tick` is called ten times a second."""
+    """Shows one stage from `__enter__` to `__exit__`; `show` takes events, `tick` is called ten times a second.
 
-    def __init__(self, out: Output, title: str) -> None:
+    Args:
+        waiting: what happens before the worker's first word.
+        usd_per_hour: price of what the stage runs on, where that is known.
+    """
+
+    def __init__(
+        self, out: Output, title: str, *, waiting: str = "starting", usd_per_hour: float | None = None
+    ) -> None:
         self.out = out
         self.title = title
-        self.progress = Progress()
+        self.progress = Progress(waiting, usd_per_hour)
         self._live: Any = None
         self._dirty = False
         self._said = ""
-        self._started = self._drawn = time.monotonic()
+        self._drawn = time.monotonic()
 
     def __enter__(self) -> StageView:
         if self.out.stderr.is_terminal and not self.out.as_json:
@@ -118,8 +174,12 @@ class StageView:
             return
         self.progress.update(event)
         self._dirty = True
-        if event["kind"] == "stage_start" and (step := event.get("resumed_from")):
-            self.say(f"{self.title}: continuing from step {step}")
+        if event["kind"] == "stage_start":
+            if self.progress.starts > 1:
+                step = event.get("resumed_from") or 0
+                self.out.warn(f"{self.title}: a process died and all were started again, from step {step}")
+            elif step := event.get("resumed_from"):
+                self.say(f"{self.title}: continuing from step {step}")
         elif event["kind"] == "note":
             if event.get("level") == "warning":
                 self.out.warn(str(event.get("text")))
@@ -150,22 +210,23 @@ class StageView:
             self._say_line()
 
     def _say_line(self) -> None:
-        running = f"{self.title}: running for {duration(round(time.monotonic() - self._started))}"
-        line = self.progress.line(self.title) if self.progress.step else running
+        line = self.progress.line(self.title)
         if line != self._said:
             self._said = line
             self.out.note(line)
 
     def _draw(self) -> None:
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
+        from rich.text import Text
 
         self._drawn, self._dirty = time.monotonic(), False
         progress = self.progress
-        grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=progress.total, completed=progress.step, width=30, pulse=not progress.total)
-        count = (
-            f"{progress.step:,}/{progress.total:,}" if progress.total else duration(round(self._drawn - self._started))
-        )
-        grid.add_row(self.title, bar, count, progress.figures())
-        self._live.update(grid, refresh=True)
+        first = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=progress.total, completed=progress.step, width=BAR_WIDTH, pulse=not progress.total)
+        rest = [progress.doing(), *progress.ahead()] if progress.step else [progress.doing()]
+        first.add_row(self.title, bar, progress.count(), Text("  ".join(part for part in rest if part)))
+        grad_norm = [f"grad norm {progress.grad_norm:.3g}"] if progress.grad_norm else []
+        second = Text("  ".join([*progress.speed(), *grad_norm]), style="quiet", no_wrap=True, overflow="ellipsis")
+        self._live.update(Group(first, second) if second else first, refresh=True)

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from picollm.errors import HostError, first_line
+from picollm.errors import ConfigError, HostError, first_line
 from picollm.units import size
 from picollm_cli.inspection import Check, Inspection, rate_text
 
@@ -16,8 +16,6 @@ IMPORT_NAMES = {"nvidia-ml-py": "pynvml"}
 # The largest process of preset `demo` stays below this.
 LEAST_MEMORY_BYTES = 1.5 * 2**30
 LEAST_DISK_BYTES = 2**30
-# cuDNN versions read as in its headers: 9.15.0 is 91500. Newer ones carry Hopper's fast attention.
-CUDNN_FAST_ATTENTION = 91500
 
 
 # -- Python and its packages ------------------------------------------------------------------------------------------
@@ -124,7 +122,8 @@ def check_torch(at: Inspection) -> Check:
 
 
 def check_device(at: Inspection) -> Check:
-    from picollm.hardware import detect_gpus, gpu_spec
+    from picollm.gpu_specs import gpu_spec
+    from picollm.hardware import detect_gpus
 
     machine = at.machine
     if not machine.gpus and (idle := detect_gpus()):
@@ -175,18 +174,33 @@ def check_dtype(at: Inspection) -> Check:
 
 
 def check_attention(at: Inspection) -> Check:
-    plan, facts = at.plan, at.torch
-    detail = f"{plan.attention}: {plan.attention_reason}"
-    if plan.attention not in facts["attention"]["backends"]:
-        return Check("attention", "block", f"{detail}; it does not run here", "choose `--set model.attention=matmul`")
-    if plan.device == "cuda" and (kernel := facts["attention"]["kernel"]):
-        detail += f"; kernel that ran: {kernel}, cuDNN {facts['cuda']['cudnn']}"
-        # Hopper: cuDNN is about twice as fast as the built-in flash kernel, and torch falls back in silence.
-        if facts["devices"][0]["capability"][0] == 9 and kernel != "cudnn":
-            old = (facts["cuda"]["cudnn"] or 0) <= CUDNN_FAST_ATTENTION
-            fix = "take another cuDNN out of `LD_LIBRARY_PATH`" + (" or install torch 2.11 or newer" if old else "")
-            return Check("attention", "warn", f"{detail}; cuDNN's is the fast one on this GPU", fix)
-    return Check("attention", "ok", detail)
+    from picollm.attention_choice import AttentionDevice, Kernel, choose_attention, mismatch
+    from picollm.plan import choose_dtype
+    from picollm.scaling import architecture
+
+    facts, arch = at.torch["attention"], architecture(at.config, at.config.tokenizer.vocab_size)
+    try:
+        choice = choose_attention(
+            AttentionDevice.from_json(facts["device"]),
+            choose_dtype(at.config, at.machine)[0],
+            arch.max_position_embeddings,
+            windows=arch.sliding_window is not None,
+            requested=at.config.model.attention,
+            head_size=arch.head_dim,
+        )
+    except ConfigError as error:
+        return Check("attention", "block", f"{error.message}: {error.cause}", error.hint)
+    detail, backends = f"{choice}: {choice.reason}", dict.fromkeys(filter(None, (choice.full, choice.window)))
+    for name in backends:
+        if error := facts["broken"].get(name):
+            fix = "choose another with `--set model.attention=…`"
+            return Check("attention", "block", f"{detail}; {name} does not run here: {error}", fix)
+    kernels = {name: Kernel(**seen) for name in backends if (seen := facts["kernels"].get(name))}
+    if kernels:
+        detail += f"; kernels that ran: {', '.join(str(kernel) for kernel in kernels.values())}"
+    # Another kernel than the chosen one runs in silence, at half the speed.
+    wrong = next(filter(None, (mismatch(name, kernel) for name, kernel in kernels.items())), choice.slow)
+    return Check("attention", "warn", f"{detail}; {wrong[0]}", wrong[1]) if wrong else Check("attention", "ok", detail)
 
 
 def check_cores(at: Inspection) -> Check:

@@ -12,7 +12,20 @@ import typer
 
 from picollm import __version__
 from picollm.errors import ConfigError, HostError, Interrupted, PicollmError
-from picollm_cli.commands import chat, data, doctor, eval, manifest, pretrain, report, runs, sft, speedrun, tokenizer
+from picollm_cli.commands import (
+    bench,
+    chat,
+    data,
+    doctor,
+    eval,
+    manifest,
+    pretrain,
+    report,
+    runs,
+    sft,
+    speedrun,
+    tokenizer,
+)
 from picollm_cli.console import Output
 
 TRACEBACK_FRAMES = 6
@@ -54,7 +67,7 @@ def picollm(
 
 # The panels, and the commands inside each, stand in the pipeline's order.
 PANELS: dict[str, dict[str, typer.Typer | Callable[..., None]]] = {
-    "Check": {"doctor": doctor.doctor},
+    "Check": {"doctor": doctor.doctor, "bench": bench.app},
     "Build": {"data": data.app, "tokenizer": tokenizer.app},
     "Train": {
         "speedrun": speedrun.speedrun,

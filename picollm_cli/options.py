@@ -35,7 +35,8 @@ Launch = Annotated[
     typer.Option(
         "--launch",
         metavar="KEY=VALUE,…",
-        help="Processes, as `nproc=8`; several nodes also take `nnodes=2,node_rank=0` and `rdzv=host:port`.",
+        help="Processes, as `nproc=8`; several nodes also take `nnodes=2,node_rank=0` and `rdzv=host:port`. "
+        "`restarts=3` is how often a stage goes on by itself after one of several processes died.",
         show_default=False,
     ),
 ]

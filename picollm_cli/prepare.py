@@ -15,6 +15,7 @@ from picollm.locks import hold_lock
 from picollm.run_dir import RunDir, expand, find_run, run_named
 from picollm.units import size
 from picollm_cli.console import Output
+from picollm_cli.launch_line import Launch
 
 if TYPE_CHECKING:
     from picollm.config.schema import RunConfig
@@ -111,7 +112,7 @@ def open_run(
     sets: Collection[str] | None = (),
     create: bool = True,
     force: Collection[str] = (),
-    ranks: int = 1,
+    launch: Launch = Launch(),
     yes: bool = False,
 ) -> Iterator[Prepared]:
     """Resolve and store a run, and hold its lock for the life of the block: how a command starts work on a run.
@@ -121,17 +122,18 @@ def open_run(
 
     Raises:
         ConfigError, MissingArtifact, IntegrityError: as in `resolve_run`; or a new run's dataset is not there.
-        HostError: as in `check_host`, or another command holds the run.
+        ConfigError, HostError: as in `check_launch` and `check_host`, or another command holds the run.
     """
 
     def resolve() -> Prepared:
         return resolve_run(run=run, preset=preset, config=config, sets=sets, create=create, redo=force)
 
     # Everything that can be refused is refused before the lock file makes the folder.
+    check_launch(launch)
     prepared = resolve()
     if prepared.new:
         _check_datasets(prepared)
-    check_host(out, prepared, ranks=ranks, yes=yes)
+    check_host(out, prepared, launch, yes=yes)
     with using_run(prepared.run):
         prepared = resolve()
         for moved in prepared.run.move_to_old([path for name in force for path in STAGE_PATHS.get(name, (name,))]):
@@ -219,7 +221,31 @@ def _refuse_frozen(run: RunDir, before: RunConfig, now: RunConfig, redo: Collect
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
-def plan_of(prepared: Prepared, *, ranks: int = 1) -> Plan:
+def check_launch(launch: Launch) -> None:
+    """Refuse what torch would refuse minutes later, on every node for itself.
+
+    Raises:
+        ConfigError: more processes on this machine than GPUs.
+        HostError: several GPUs, and torch cannot make them talk to each other.
+    """
+    from picollm.hardware import detect
+    from picollm.runtimes import check_ranks
+
+    machine = detect()
+    check_ranks(machine, launch.nproc)
+    if machine.gpus and launch.ranks > 1:
+        from picollm.torch_facts import torch_facts
+
+        facts = torch_facts(machine)
+        if not facts["distributed"]["nccl"]:
+            raise HostError(
+                f"{launch.ranks} processes on GPUs need NCCL",
+                cause=f"torch {facts['torch']} was built without it",
+                hint="install a CUDA build of torch (https://pytorch.org/get-started), or train with one process",
+            )
+
+
+def plan_of(prepared: Prepared, launch: Launch = Launch()) -> Plan:
     """What the whole run will take on this machine; knows the dataset's size when it is there."""
     from picollm.data.datasets import Dataset
     from picollm.hardware import detect
@@ -229,7 +255,7 @@ def plan_of(prepared: Prepared, *, ranks: int = 1) -> Plan:
         chars = Dataset.open(prepared.config.data.dataset).chars("train")
     except MissingArtifact:
         chars = None
-    return make_plan(prepared.config, detect(), ranks=ranks, dataset_chars=chars)
+    return make_plan(prepared.config, detect(), ranks=launch.ranks, ranks_per_node=launch.nproc, dataset_chars=chars)
 
 
 def disk_needed(plan: Plan, run: RunDir | None) -> int:
@@ -238,7 +264,7 @@ def disk_needed(plan: Plan, run: RunDir | None) -> int:
     return max(0, round(plan.disk_bytes * (1 + DISK_MARGIN_SHARE)) - used) + DISK_MARGIN_BYTES
 
 
-def check_host(out: Output, prepared: Prepared, *, ranks: int = 1, yes: bool = False) -> None:
+def check_host(out: Output, prepared: Prepared, launch: Launch = Launch(), *, yes: bool = False) -> None:
     """Refuse before anything is made what would fail in the middle.
 
     Raises:
@@ -246,7 +272,7 @@ def check_host(out: Output, prepared: Prepared, *, ranks: int = 1, yes: bool = F
     """
     from picollm.hardware import detect, disk_free
 
-    plan, machine, run = plan_of(prepared, ranks=ranks), detect(), prepared.run
+    plan, machine, run = plan_of(prepared, launch), detect(), prepared.run
     needed = disk_needed(plan, run)
     if (free := disk_free(run.path)) < needed:
         raise HostError(
@@ -254,7 +280,7 @@ def check_host(out: Output, prepared: Prepared, *, ranks: int = 1, yes: bool = F
             cause=f"it needs about {size(needed)} under `{run.base}`, where {size(free)} are free",
             hint="free room, or set PICOLLM_BASE_DIR to a directory on a larger disk",
         )
-    room = min((gpu.memory_bytes for gpu in machine.gpus), default=machine.memory_bytes // ranks)
+    room = min((gpu.memory_bytes for gpu in machine.gpus), default=machine.memory_bytes // launch.nproc)
     if plan.memory_bytes > room:
         question = (
             f"a training process needs about {size(plan.memory_bytes)} of memory and {size(room)} are there; go on?"

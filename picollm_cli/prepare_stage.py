@@ -1,7 +1,7 @@
 """Make a stage ready: write its `config.json`, the one thing its worker is given.
 
-A stage's recipe is immutable once the stage has a checkpoint. What depends on the machine (compute type, threads) is
-decided when a stage is first prepared and kept, so that a run that moves or resumes stays the same run.
+A stage's recipe is immutable once the stage has a checkpoint. What depends on the machine (compute type, fp8, threads)
+is decided when a stage is first prepared and kept, so that a run that moves or resumes stays the same run.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from picollm.errors import ConfigError, MissingArtifact
 from picollm.files import SCHEMA, disk_errors, write_json
 from picollm.run_dir import RunDir, StageDir
 from picollm_cli.console import Output
+from picollm_cli.launch_line import Launch
 from picollm_cli.prepare import Prepared, note
 
 if TYPE_CHECKING:
     from picollm.config.recipe import Source, TrainRecipe, TrainRuntime
+    from picollm.config.schema import RunConfig
     from picollm.data.datasets import Dataset
 
 
-def prepare_pretrain(prepared: Prepared, *, ranks: int = 1) -> StageDir:
+def prepare_pretrain(prepared: Prepared, launch: Launch = Launch()) -> StageDir:
     """Write `pretrain/config.json` and return the stage.
 
     Raises:
@@ -37,7 +39,7 @@ def prepare_pretrain(prepared: Prepared, *, ranks: int = 1) -> StageDir:
     recipe = pretrain_recipe(
         config, detect(), tokenizer_vocab=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256, data=(source,)
     )
-    return _store_training(prepared, run.stage("pretrain"), recipe, ranks)
+    return _store_training(prepared, run.stage("pretrain"), recipe, launch)
 
 
 def warn_of_small_vocabulary(out: Output, prepared: Prepared, found: int) -> None:
@@ -49,7 +51,7 @@ def warn_of_small_vocabulary(out: Output, prepared: Prepared, found: int) -> Non
         )
 
 
-def prepare_sft(prepared: Prepared, *, ranks: int = 1) -> StageDir:
+def prepare_sft(prepared: Prepared, launch: Launch = Launch()) -> StageDir:
     """Write `sft/config.json` and return the stage.
 
     Raises:
@@ -76,7 +78,7 @@ def prepare_sft(prepared: Prepared, *, ranks: int = 1) -> StageDir:
         init_from=checkpoint_sha256(pretrain)[1],
         num_tokens=None if config.sft.steps else _conversation_tokens(stage, run, datasets, sources),
     )
-    return _store_training(prepared, stage, recipe, ranks)
+    return _store_training(prepared, stage, recipe, launch)
 
 
 def prepare_eval(run: RunDir, stage: str, suite: str) -> StageDir:
@@ -209,20 +211,34 @@ def _stored(stage: StageDir) -> dict[str, Any] | None:
     return stage.read_config() if stage.config_path.is_file() else None
 
 
-def _store_training(prepared: Prepared, stage: StageDir, recipe: TrainRecipe, ranks: int) -> StageDir:
-    """Keep what was decided for this machine before, derive the runtime, and write the stage's config."""
+def _store_training(prepared: Prepared, stage: StageDir, recipe: TrainRecipe, launch: Launch) -> StageDir:
+    """Keep what was decided for another machine before, derive the runtime, and write the stage's config."""
     from picollm.hardware import detect
-    from picollm.plan import train_runtime
+    from picollm.plan import check_fp8, train_runtime
 
-    config, stored = prepared.config, _stored(stage)
-    if stored and config.train.dtype == "auto":
-        kept = {key: stored["recipe"][key] for key in ("dtype", "dtype_reason")}
-        recipe = recipe.model_copy(update=kept)
-    runtime = train_runtime(config, detect(), recipe, ranks=ranks)
-    if config.train.threads is None and (earlier := stored or _stored(prepared.run.stage("pretrain"))):
+    machine, stored = detect(), _stored(stage)
+    if stored:
+        recipe = _keep_precision(recipe, stored["recipe"], prepared.config)
+    if recipe.fp8:
+        check_fp8(machine, recipe.dtype)
+    runtime = train_runtime(prepared.config, machine, recipe, ranks=launch.ranks, ranks_per_node=launch.nproc)
+    if prepared.config.train.threads is None and (earlier := stored or _stored(prepared.run.stage("pretrain"))):
         runtime = _keep_threads(runtime, earlier["runtime"])
     _write_stage(stage, recipe.stage, recipe.model_dump(mode="json"), runtime.model_dump(mode="json"))
     return stage
+
+
+def _keep_precision(recipe: TrainRecipe, stored: dict[str, Any], config: RunConfig) -> TrainRecipe:
+    """Compute type and fp8, with their reasons, as first decided: what was left open must not change with the machine.
+
+    A reason also stays where a value that was asked for is still the same.
+    """
+    kept: list[str] = []
+    if config.train.dtype in ("auto", stored["dtype"]):
+        kept += ["dtype", "dtype_reason"]
+    if config.train.fp8 in (None, stored["fp8"]):
+        kept += ["fp8", "fp8_reason"]
+    return recipe.model_copy(update={key: stored[key] for key in kept})
 
 
 def _keep_threads(runtime: TrainRuntime, earlier: dict[str, Any]) -> TrainRuntime:

@@ -4,8 +4,6 @@ Nothing here is fast. `docs/learn/README.md` walks through it.
 Letters: B batch, T time, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass
@@ -31,6 +29,13 @@ class Architecture:
     rms_norm_eps: float = 1e-6
     qk_scale: float = 1.2
     arch: str = "portable"
+    sliding_window: int | None = None  # this and what follows: only `full` has it, and this page does not
+    window_pattern: str = "L"
+    final_logit_softcapping: float | None = None
+    value_embeddings: bool = False
+    x0_scalars: bool = False
+    smear: bool = False
+    backout: bool = False
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -54,18 +59,15 @@ class Attention(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
-        C, queries, keys = (arch.hidden_size, *(n * arch.head_dim for n in self.heads))
-        self.q_proj = nn.Linear(C, queries, bias=False)
-        self.k_proj = nn.Linear(C, keys, bias=False)
-        self.v_proj = nn.Linear(C, keys, bias=False)
-        self.o_proj = nn.Linear(queries, C, bias=False)
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        return self.arch.num_attention_heads, self.arch.num_key_value_heads
+        C, q, k = arch.hidden_size, arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
+        self.q_proj = nn.Linear(C, q, bias=False)
+        self.k_proj = nn.Linear(C, k, bias=False)
+        self.v_proj = nn.Linear(C, k, bias=False)
+        self.o_proj = nn.Linear(q, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        (B, T, _), (H, K), D, a = x.shape, self.heads, self.arch.head_dim, self.arch
+        (B, T, _), a = x.shape, self.arch
+        H, K, D = a.num_attention_heads, a.num_key_value_heads, a.head_dim
         q = rotate(self.q_proj(x).view(B, T, H, D), a.rope_theta)
         k = rotate(self.k_proj(x).view(B, T, K, D), a.rope_theta)
         v = self.v_proj(x).view(B, T, K, D)
@@ -107,7 +109,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.arch = arch
+        self.arch = a = arch
+        if any((a.sliding_window, a.final_logit_softcapping, a.value_embeddings, a.x0_scalars, a.smear, a.backout)):
+            raise NotImplementedError("windows, softcap, value embeddings, x0 scalars, smear, backout: see extras.py")
         rows = -(-arch.vocab_size // 64) * 64  # the real model pads to 64 because matrix units like it
         self.embed_tokens = nn.Parameter(torch.randn(rows, arch.hidden_size))
         self.resid_theta = nn.Parameter(torch.zeros(arch.num_hidden_layers))

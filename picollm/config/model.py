@@ -36,6 +36,9 @@ FEATURES: dict[str, dict[str, Any]] = {
         "backout": True,
     },
 }
+# Channels of a normed embedding that the gates of value embeddings and of smear read.
+GATE_CHANNELS = 12
+SMEAR_CHANNELS = 24
 AttentionBackend = Literal["matmul", "sdpa", "cudnn", "flash", "varlen", "fa3", "flex"]
 
 

@@ -284,6 +284,7 @@ _TYPE_NAMES = {
     "bool_type": "`true` or `false`",
     "string_type": "a string",
     "tuple_type": "a list",
+    "string_pattern_mismatch": "text of the form {pattern}",
 }
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
@@ -320,7 +321,7 @@ def _translate(error: ValidationError, sources: Mapping[str, str]) -> ConfigErro
     elif kind == "literal_error":
         allowed = f"one of {context['expected']}"
     else:
-        allowed = _TYPE_NAMES.get(kind, detail["msg"])
+        allowed = _TYPE_NAMES[kind].format_map(context) if kind in _TYPE_NAMES else detail["msg"]
     if source == "--set":
         default = dict(flatten(RunConfig().model_dump(mode="json"))).get(key)
         hint = f"the default is `{default}`" if default is not None else "leave it out and the plan derives it"

@@ -25,7 +25,7 @@ ROW_GROUP_ROWS = 1024
 ROW_GROUP_BYTES = 16 << 20
 SHARD_BYTES = 64 << 20
 OLD_FOLDER = ".old"
-_TEMPORARY = re.compile(r"^\..+\.(\d+)\.tmp$")
+_TEMPORARY = re.compile(r"^\..+?\.(\d+)(?:\.scratch)?\.tmp$")
 
 
 class _Shards:
@@ -124,9 +124,16 @@ class DatasetWriter:
             sweep(self._parent)
         return self
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what is needed only while the dataset is made; it goes with everything else."""
+        folder = self._temporary.with_name(self._temporary.name.replace(".tmp", ".scratch.tmp"))
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        return folder
+
     def start(self, kind: Kind) -> None:
-        """Begin with an empty folder; called again it forgets the rows so far."""
-        self._abandon()
+        """Begin with an empty folder."""
         self._kind = kind
         with disk_errors(self._temporary):
             self._temporary.mkdir()
@@ -199,7 +206,8 @@ class DatasetWriter:
             with contextlib.suppress(OSError):  # a full disk may refuse even the close; the file goes anyway
                 shards.abandon()
         self._shards = {}
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        for folder in self._parent.glob(f".{self.name}.{os.getpid()}.*tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

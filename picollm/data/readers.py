@@ -1,4 +1,4 @@
-"""Files of a user -> records, streaming: plain text, JSON lines and parquet, with the place of every fault.
+"""Files of a user -> records, streaming: text, JSON lines, CSV and parquet, with the place of every fault.
 
 Memory stays bounded by the largest single document (for parquet by a small batch of rows), not by the file.
 """
@@ -6,6 +6,7 @@ Memory stays bounded by the largest single document (for parquet by a small batc
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -22,9 +23,13 @@ from picollm.data.datasets import Kind
 from picollm.errors import ConfigError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+CSV_SUFFIXES = (".csv",)
 PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
+SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + CSV_SUFFIXES + PARQUET_SUFFIXES
+# About how much text there is in a byte of a packed file; used to guess the room that it needs.
+UNPACKED = {".jsonl.gz": 6, ".jsonl.zst": 6, ".parquet": 4}
+STDIN = Path("-")
 MESSAGES = "messages"
 _CHUNK_BYTES = 1 << 20
 _BATCH_ROWS = 128
@@ -135,6 +140,8 @@ def read_records(file: SourceFile, field: str) -> Iterator[Record]:
             yield from _read_text(file)
         elif suffix in JSONL_SUFFIXES:
             yield from _read_jsonl(file, field)
+        elif suffix in CSV_SUFFIXES:
+            yield from _read_csv(file, field)
         else:
             yield from _read_parquet(file, field)
     except OSError as error:
@@ -175,7 +182,7 @@ def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
 
 def _read_jsonl(file: SourceFile, field: str) -> Iterator[Record]:
     with open(file.path, "rb") as raw:
-        lines: Any = gzip.GzipFile(fileobj=raw) if file.path.name.lower().endswith(".gz") else raw
+        lines = _unpacked(raw, file.path)
         number, done = 0, 0
         try:
             for number, line in enumerate(lines, 1):
@@ -185,10 +192,46 @@ def _read_jsonl(file: SourceFile, field: str) -> Iterator[Record]:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield _parse_line(line, field, f"{file.path}:{number}", done)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, _Torn) as error:
             raise ConfigError(
                 f"cannot unpack `{file.path}`", cause=f"after line {number}: {error}", hint="get the file again"
             ) from error
+
+
+class _Torn(Exception):
+    """A zstd stream that cannot be unpacked to its end."""
+
+
+def _unpacked(raw: BinaryIO, path: Path) -> Any:
+    """Lines of bytes of a file that may be packed."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if name.endswith(".zst"):
+        return io.BufferedReader(_Zstandard(raw), _CHUNK_BYTES)
+    return raw
+
+
+class _Zstandard(io.RawIOBase):
+    """Unpacks with pyarrow, which is here anyway; the standard library cannot."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import pyarrow as pa
+
+        self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        import pyarrow as pa
+
+        try:
+            data = self._stream.read(len(buffer))
+        except (pa.ArrowException, OSError) as error:
+            raise _Torn(first_line(error)) from error
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _parse_line(line: bytes, field: str, place: str, done: int) -> Record:
@@ -222,6 +265,33 @@ def _parse_line(line: bytes, field: str, place: str, done: int) -> Record:
             hint="correct the line, or name another field with `--field NAME`",
         )
     return _document(value[key], place, done)
+
+
+# -- CSV --------------------------------------------------------------------------------------------------------------
+
+_LONGEST_CELL = 1 << 30
+
+
+def _read_csv(file: SourceFile, field: str) -> Iterator[Record]:
+    csv.field_size_limit(_LONGEST_CELL)
+    with open(file.path, "rb") as raw:
+        lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(lines, strict=True)
+        try:
+            if field not in (columns := rows.fieldnames or []):
+                raise _no_field(f"`{file.path}` has no column `{field}`", "columns", list(columns))
+            for row in rows:
+                place, done = f"{file.path}:{rows.line_num}", min(raw.tell(), file.size)
+                text = row[field]
+                yield Record("text", None, "null", place, done) if text is None else _document(text, place, done)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{file.path}` after line `{rows.line_num}", error.start, error) from error
+        except csv.Error as error:
+            raise ConfigError(
+                f"`{file.path}:{rows.line_num + 1}` is not CSV",
+                cause=str(error),
+                hint="the first line names the columns, and cells with commas or line ends stand in double quotes",
+            ) from error
 
 
 # -- parquet ----------------------------------------------------------------------------------------------------------
@@ -287,6 +357,8 @@ def _document(text: str, place: str, done: int) -> Record:
         return Record("text", None, "empty", place, done)
     if not _is_unicode(text):
         return Record("text", None, "invalid Unicode", place, done)
+    if "\0" in text:
+        return Record("text", None, "NUL bytes, so not text", place, done)
     return Record("text", text, None, place, done)
 
 

@@ -9,7 +9,6 @@ Letters: B live rows, T time.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +122,7 @@ class Engine:
         self.capacity = capacity or longest
         self.device = model.embed_tokens.device
         self._cache = KVCache(model.arch, num_slots, self.capacity, dtype=model.compute_dtype, device=self.device)
-        self._view = self._rows_of_cache(0, 0)
+        self._view = self._cache.view(0, 0)
         # A table made inside inference mode could not be used by a training step later.
         model.rotary(self.capacity)
         special = tokenizer.special
@@ -218,8 +217,8 @@ class Engine:
         outputs: list[StepOutput] = []
         if self._rows:
             count = len(self._rows)
-            if self._view.keys.size(1) != count:
-                self._view = self._rows_of_cache(0, count)
+            if self._view.batch != count:
+                self._view = self._cache.view(0, count)
             ids = torch.tensor([[row.token] for row in self._rows], device=self.device)  # (B, 1)
             positions = torch.tensor([[row.position] for row in self._rows], device=self.device)
             length = max(row.position for row in self._rows) + 1
@@ -249,7 +248,7 @@ class Engine:
             last = torch.tensor([len(row.prompt) - 1 for row in group], device=self.device)
             positions = torch.arange(longest, device=self.device).expand(len(group), -1)  # (B, T)
             start = len(self._rows)
-            view = self._rows_of_cache(start, start + len(group))
+            view = self._cache.view(start, start + len(group))
             logits = self.model(ids, cache=view, positions=positions, length=longest, last=last)[:, -1]
             for row in group:
                 row.position = len(row.prompt)
@@ -259,20 +258,12 @@ class Engine:
             outputs += ended
         return outputs
 
-    def _rows_of_cache(self, start: int, stop: int) -> KVCache:
-        """The cache as if it had only these rows; shares memory."""
-        view = copy.copy(self._cache)
-        view.keys, view.values = self._cache.keys[:, start:stop], self._cache.values[:, start:stop]
-        return view
-
     def _release(self, indices: list[int]) -> None:
         """Free slots; the last live rows move into the holes, so that live rows stay in front."""
         for index in sorted(indices, reverse=True):
             mover = self._rows.pop()
             if index < len(self._rows):
-                source, used = len(self._rows), mover.position
-                self._cache.keys[:, index, :used] = self._cache.keys[:, source, :used]
-                self._cache.values[:, index, :used] = self._cache.values[:, source, :used]
+                self._cache.move(len(self._rows), index, mover.position)
                 self._rows[index] = mover
 
     def _advance(self, rows: list[_Row], logits: torch.Tensor) -> list[StepOutput]:

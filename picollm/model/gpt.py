@@ -1,46 +1,69 @@
 """The decoder: token ids -> logits, or -> loss.
 
 Pre-norm blocks with weightless RMSNorm (also right after the embedding), rotary positions, QK norm, relu(x)^2,
-a residual scalar per layer, untied head, no biases. Everything folds exactly into stock architectures for export.
+a residual scalar per layer, untied head, no biases. That much folds exactly into stock architectures for export; what
+`extras.py` adds does not.
 
 Letters: B batch, T time, C hidden size, H query heads, K key/value heads, D head size, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from picollm.config.model import Architecture
+from picollm.config.model import GATE_CHANNELS, Architecture
 from picollm.model.attention import causal_attention
-from picollm.model.functional import apply_rotary, linear_cross_entropy, relu_squared, rms_norm, rotary_table
-from picollm.model.kv_cache import KVCache
+from picollm.model.extras import (
+    add_value_embedding,
+    extra_parameters,
+    initial_extra,
+    shifted,
+    smear,
+    soft_cap,
+)
+from picollm.model.functional import apply_rotary, exact_type, relu_squared, rms_norm, rotary_table
+from picollm.model.kv_cache import Cached, KVCache
 from picollm.model.linear import Linear, packed_linear
+from picollm.model.loss import linear_cross_entropy
 
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, QK norm and grouped queries."""
 
-    def __init__(self, arch: Architecture) -> None:
+    packed = ("q_proj", "k_proj", "v_proj")  # multiplied in one product: see `precision.use_fp8`
+
+    def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = arch.num_attention_heads, arch.num_key_value_heads
         self.head_dim = arch.head_dim
         self.eps = arch.rms_norm_eps
+        self.window = arch.windows[layer]
         # Both QK scales in one factor: multiplying q and k by s is multiplying the scores by s^2.
         self.scale = arch.qk_scale**2 / math.sqrt(arch.head_dim)
         queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-        self.q_proj = Linear(arch.hidden_size, queries)
-        self.k_proj = Linear(arch.hidden_size, keys)
-        self.v_proj = Linear(arch.hidden_size, keys)
+        self.q_proj = Linear(arch.hidden_size, queries, normed_input=True)
+        self.k_proj = Linear(arch.hidden_size, keys, normed_input=True)
+        self.v_proj = Linear(arch.hidden_size, keys, normed_input=True)
         self.o_proj = Linear(queries, arch.hidden_size)
+        if layer in arch.value_embedding_layers:
+            self.value_gate = Linear(min(GATE_CHANNELS, arch.hidden_size), arch.num_key_value_heads)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], rotary: Float[Tensor, "2 ..."], backend: str, cached: Cached | None
+        self,
+        x: Float[Tensor, "B T C"],
+        value_embedding: Float[Tensor, "B T W"] | None,
+        rotary: Float[Tensor, "2 ..."],
+        backend: str,
+        cached: Cached | None,
     ) -> Float[Tensor, "B T C"]:
         B, T, _ = x.shape
         qkv = packed_linear(x, (self.q_proj, self.k_proj, self.v_proj))
@@ -48,11 +71,13 @@ class Attention(nn.Module):
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         qk = rms_norm(apply_rotary(qk, rotary), self.eps)
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        if value_embedding is not None:
+            v = add_value_embedding(v, value_embedding, self.value_gate(x[..., : self.value_gate.in_features]))
         positions = None
         if cached is not None:
             k, v = cached.update(k, v)
             positions = cached.positions
-        y = causal_attention(q, k, v, scale=self.scale, backend=backend, positions=positions)
+        y = causal_attention(q, k, v, scale=self.scale, backend=backend, window=self.window, positions=positions)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -61,7 +86,7 @@ class MLP(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.up_proj = Linear(arch.hidden_size, arch.intermediate_size)
+        self.up_proj = Linear(arch.hidden_size, arch.intermediate_size, normed_input=True)
         self.down_proj = Linear(arch.intermediate_size, arch.hidden_size)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
@@ -71,30 +96,27 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each on the normed stream and added to it."""
 
-    def __init__(self, arch: Architecture) -> None:
+    def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
         self.eps = arch.rms_norm_eps
-        self.attention = Attention(arch)
+        self.attention = Attention(arch, layer)
         self.mlp = MLP(arch)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], rotary: Float[Tensor, "2 ..."], backend: str, cached: Cached | None
+        self,
+        x: Float[Tensor, "B T C"],
+        scalar: Float[Tensor, ""],
+        x0: Float[Tensor, "B T C"] | None,
+        x0_scalar: Float[Tensor, ""] | None,
+        value_embedding: Float[Tensor, "B T W"] | None,
+        rotary: Float[Tensor, "2 ..."],
+        backend: str,
+        cached: Cached | None,
     ) -> Float[Tensor, "B T C"]:
-        x = x + self.attention(rms_norm(x, self.eps), rotary, backend, cached)
+        """One layer; `scalar` weighs the stream, `x0_scalar` the embedding `x0` mixed into it."""
+        x = scalar * x if x0 is None else scalar * x + x0_scalar * x0
+        x = x + self.attention(rms_norm(x, self.eps), value_embedding, rotary, backend, cached)
         return x + self.mlp(rms_norm(x, self.eps))
-
-
-class Cached:
-    """One forward pass's view of a KVCache: which rows, which positions, and the layer it has come to."""
-
-    def __init__(self, cache: KVCache, positions: Int[Tensor, "B T"], rows: Int[Tensor, " B"] | None, length: int):
-        self.cache, self.positions, self.rows, self.length = cache, positions, rows, length
-        self.layer = 0
-
-    def update(
-        self, k: Float[Tensor, "B T K D"], v: Float[Tensor, "B T K D"]
-    ) -> tuple[Float[Tensor, "B S K D"], Float[Tensor, "B S K D"]]:
-        return self.cache.update(self.layer, k, v, self.positions, self.rows, self.length)
 
 
 class GPT(nn.Module):
@@ -102,19 +124,33 @@ class GPT(nn.Module):
 
     Attributes:
         compute_dtype: type of activations; weights stay in their own (float32 masters while training).
-        backend: kernel of attention, see `causal_attention`.
+        backend: kernel of attention, see `causal_attention`; `window_backend` in layers with a window.
+        activation_checkpointing: a training pass keeps a block's input only and computes the block again for its
+            gradient (Chen et al. 2016, arXiv:1604.06174).
     """
 
-    def __init__(self, arch: Architecture, *, compute_dtype: torch.dtype = torch.float32, backend: str = "sdpa"):
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        backend: str = "sdpa",
+        window_backend: str | None = None,
+    ) -> None:
         super().__init__()
         self.arch = arch
         self.compute_dtype = compute_dtype
         self.backend = backend
+        self.window_backend = window_backend or backend
+        self.activation_checkpointing = False
         self.embed_tokens = nn.Parameter(torch.empty(arch.padded_vocab_size, arch.hidden_size))
         # The scalars are exp(theta): positive by construction, so the export can divide by their products.
         self.resid_theta = nn.Parameter(torch.empty(arch.num_hidden_layers))
-        self.layers = nn.ModuleList(Block(arch) for _ in range(arch.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(arch, layer) for layer in range(arch.num_hidden_layers))
         self.lm_head = nn.Parameter(torch.empty(arch.padded_vocab_size, arch.hidden_size))
+        for name, parameter in extra_parameters(arch).items():
+            setattr(self, name, parameter)
+        self._compiled = False
         self._rotary: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     @torch.no_grad()
@@ -136,15 +172,22 @@ class GPT(nn.Module):
                 value = torch.log(1.15 - 0.10 * torch.arange(L) / max(1, L - 1))
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 value = torch.zeros(weight.shape)
-            else:
+            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight")):
                 limit = 0.4 * bound if name.endswith("up_proj.weight") else bound
                 value = torch.empty(weight.shape).uniform_(-limit, limit, generator=generator)
+            else:
+                value = initial_extra(name, weight.shape, self.arch, generator)
+                assert value is not None, name
             weight.copy_(value)
 
     def compile_blocks(self) -> None:
-        """Compile block by block: compile time does not grow with depth, and names of weights stay."""
-        for block in self.layers:
-            block.compile(fullgraph=True, dynamic=False)
+        """Compile training passes block by block, and what is before and after the blocks apart.
+
+        Compile time does not grow with depth (blocks of a kind share their code), a block's gradients are complete
+        when its backward pass ends, and names of weights stay. Passes in eval mode, without gradients or with a cache
+        are not compiled: their shapes change.
+        """
+        self._compiled = True
 
     def rotary(self, length: int) -> Float[Tensor, "2 S 1 half"]:
         """Cosines and sines of the first positions, in compute type; grown on demand, never part of a checkpoint."""
@@ -166,7 +209,7 @@ class GPT(nn.Module):
         length: int | None = None,
     ) -> Float[Tensor, "B T C"]:
         """The normed residual stream after the last block."""
-        cached = None
+        cached = before = None
         if cache is None:
             rotary = self.rotary(ids.size(1))[:, None]  # (2, 1, T, 1, D/2)
         else:
@@ -174,14 +217,36 @@ class GPT(nn.Module):
             length = int(positions.max()) + 1 if length is None else length
             rotary = self.rotary(length)[:, positions]  # (2, B, T, 1, D/2)
             cached = Cached(cache, positions, rows, length)
-        eps = self.arch.rms_norm_eps
-        x = rms_norm(F.embedding(ids, self.embed_tokens).to(self.compute_dtype), eps)
-        scalars = self.resid_theta.exp().to(x.dtype)
+            if self.smear_gate is not None:
+                earlier = F.embedding(cache.tokens_before(ids, positions, rows), self.embed_tokens)
+                before = earlier * (positions > 0).unsqueeze(-1)
+        dtype, eps = self.compute_dtype, self.arch.rms_norm_eps
+        enter, run, leave = _compiled() if self._compiles(cache) else (_enter, Block.forward, _leave)
+        checkpointed = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        x = enter(F.embedding(ids, self.embed_tokens), before, self.smear_gate, self.smear_lambda, dtype, eps)
+        scalars = self.resid_theta.exp().to(dtype).unbind()
+        x0 = x0_scalars = middle = None
+        if self.x0_lambdas is not None:
+            x0, x0_scalars = x, self.x0_lambdas.to(dtype).unbind()
         for i, block in enumerate(self.layers):
             if cached is not None:
                 cached.layer = i
-            x = block(scalars[i] * x, rotary, self.backend, cached)
-        return rms_norm(x, eps)
+            value_embedding = None
+            if i in self.arch.value_embedding_layers:
+                value_embedding = F.embedding(ids, self.value_embeds[str(i)]).to(dtype)
+            backend = self.backend if block.attention.window is None else self.window_backend
+            x0_scalar = None if x0_scalars is None else x0_scalars[i]
+            inputs = (block, x, scalars[i], x0, x0_scalar, value_embedding, rotary, backend, cached)
+            if checkpointed:
+                x = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run(*inputs)
+            if self.backout_lambda is not None and i == len(self.layers) // 2:
+                middle = x
+        return leave(x, middle, self.backout_lambda, eps)
+
+    def _compiles(self, cache: KVCache | None = None) -> bool:
+        return self._compiled and self.training and torch.is_grad_enabled() and cache is None
 
     def forward(
         self,
@@ -205,23 +270,71 @@ class GPT(nn.Module):
         x = self.hidden(ids, cache=cache, positions=positions, rows=rows, length=length)
         if last is not None:
             x = x[torch.arange(x.size(0), device=x.device), last, None]
-        head = self.lm_head[: self.arch.vocab_size].to(x.dtype)
-        logits = F.linear(x, head)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self._logits(x, self.lm_head[: self.arch.vocab_size].to(x.dtype))
 
-    def loss(self, ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], scale: float = 1.0) -> Float[Tensor, ""]:
-        """Sum of -log p(target) over targets >= 0, in nats, times `scale`."""
+    def loss(
+        self,
+        ids: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        scale: float | Float[Tensor, ""] = 1.0,
+        z_loss: float = 0.0,
+    ) -> Float[Tensor, ""]:
+        """Sum over targets >= 0 of -log p(target) + z_loss * logsumexp(logits)^2, in nats, times `scale`.
+
+        In float16 `scale` must hold the loss scale: gradients of logits are made, and rounded, with it.
+        """
         x = self.hidden(ids)
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head, targets.flatten(), scale, self.arch.vocab_size)
+        return linear_cross_entropy(
+            x.flatten(0, 1),
+            self.lm_head,
+            targets.flatten(),
+            scale,
+            self.arch.vocab_size,
+            softcap=self.arch.final_logit_softcapping,
+            z_loss=z_loss,
+            compiled=self._compiles(),
+        )
 
     @torch.no_grad()
     def nats(self, ids: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """-log p(target) per position in nats, 0 where the target is negative."""
         x = self.hidden(ids)
         head = self.lm_head[: self.arch.vocab_size].to(x.dtype)
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        out = torch.zeros(targets.shape, dtype=exact, device=x.device)
+        out = torch.zeros(targets.shape, dtype=exact_type(x.dtype), device=x.device)
         for row in range(ids.size(0)):
-            logits = F.linear(x[row], head).to(out.dtype)
-            out[row] = F.cross_entropy(logits, targets[row], ignore_index=-1, reduction="none")
+            out[row] = F.cross_entropy(self._logits(x[row], head), targets[row], ignore_index=-1, reduction="none")
         return out
+
+    def _logits(self, x: Float[Tensor, "... C"], head: Float[Tensor, "V C"]) -> Float[Tensor, "... V"]:
+        return soft_cap(F.linear(x, head).to(exact_type(x.dtype)), self.arch.final_logit_softcapping)
+
+
+def _enter(
+    rows: Float[Tensor, "B T C"],
+    before: Float[Tensor, "B T C"] | None,
+    gate: Float[Tensor, " G"] | None,
+    strength: Float[Tensor, " 1"] | None,
+    dtype: torch.dtype,
+    eps: float,
+) -> Float[Tensor, "B T C"]:
+    """Rows of the embedding -> the stream. `before`: those of the tokens before, where they are not in the batch."""
+    x = rms_norm(rows.to(dtype), eps)
+    if gate is None or strength is None:
+        return x
+    previous = shifted(x) if before is None else rms_norm(before.to(dtype), eps)
+    return smear(x, previous, gate, strength)
+
+
+def _leave(
+    x: Float[Tensor, "B T C"], middle: Float[Tensor, "B T C"] | None, backout: Float[Tensor, " 1"] | None, eps: float
+) -> Float[Tensor, "B T C"]:
+    """The stream -> what the head reads, less a share of what it was in the middle."""
+    if middle is not None and backout is not None:
+        x = x - backout.to(x.dtype) * middle
+    return rms_norm(x, eps)
+
+
+@functools.cache
+def _compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+    return compiled(_enter), compiled(Block.forward), compiled(_leave)

@@ -45,7 +45,8 @@ def facts(torch: Any) -> dict[str, Any]:
         torch: version. build: `cpu`, `cuda 12.8`, `rocm 6.4`. cuda: available, reason (why not), cudnn (91501 is
         9.15.1; None without). devices: name, memory_bytes, capability of each CUDA device. bf16 and fp32: works,
         error, flops_per_s of one matrix product on the device training would use (on the CPU: of one thread).
-        attention: backends that run there, kernel (what `scaled_dot_product_attention` really launched; None on CPUs).
+        attention: device (an `AttentionDevice`), kernels (of each backend that runs: family and name of the kernel that
+        the profiler saw, None on CPUs), broken (backends that fail, with the error).
         distributed: gloo, nccl. compile: compiler (name or None), triton. cpu_capability: torch's own choice of code.
     """
     cuda = _cuda(torch)
@@ -123,47 +124,26 @@ def _matmul(torch: Any, device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _attention(torch: Any, device: str) -> dict[str, Any]:
-    """Which attention runs, forward and backward, in the type that this device prefers."""
-    from torch.nn.functional import scaled_dot_product_attention
+    """What `choose_attention` has to know, and each backend that `auto` may take here tried forward and backward."""
+    from picollm.attention_choice import choose_attention
+    from picollm.model.attention import attention_device, profiled_kernel
 
-    backends: list[str] = ["matmul"]
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    q = torch.randn(1, 2, 128, 64, device=device).to(dtype).requires_grad_()
-    try:
-        scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
-    except Exception:
-        return {"backends": backends, "kernel": None}
-    if device == "cpu":
-        return {"backends": [*backends, "sdpa"], "kernel": None}
-    q = torch.randn(2, 8, 1024, 128, device=device).to(dtype)
-    from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
-
-    params = SDPAParams(q, q, q, None, 0.0, True, False)
-    backends += ["cudnn"] if can_use_cudnn_attention(params) else []
-    backends += ["flash"] if can_use_flash_attention(params) else []
-    return {
-        "backends": [*backends, "sdpa"],
-        "kernel": _kernel(torch, lambda: scaled_dot_product_attention(q, q, q, is_causal=True)),
-    }
-
-
-def _kernel(torch: Any, call: Any) -> str | None:
-    """`cudnn`, `flash`, `efficient` or the longest-running kernel's own name, from a profile of one call."""
-    from torch.profiler import ProfilerActivity, profile
-
-    call()
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            call()
-            torch.cuda.synchronize()
-        kernels = sorted(trace.key_averages(), key=lambda event: event.self_device_time_total, reverse=True)
-    except Exception:
-        return None
-    for kernel in kernels:
-        for word, name in (("cudnn", "cudnn"), ("flash", "flash"), ("fmha_cutlass", "efficient")):
-            if word in kernel.key.lower():
-                return name
-    return kernels[0].key if kernels else None
+    here = attention_device(torch.device(device))
+    half = "float16" if here.nvidia and here.capability < (8, 0) else "bfloat16"
+    dtype = torch.float32 if device == "cpu" else getattr(torch, half)
+    shape = (1, 128, 2, 64) if device == "cpu" else (2, 2048, 8, 128)  # (B, T, H, D)
+    choice = choose_attention(here, half, shape[1], windows=True, head_size=shape[3])
+    kernels, broken = {}, {}
+    # Flex is compiled when it is first used, which takes longer than a doctor's patient waits.
+    for name in sorted({choice.full, choice.window, "matmul", "sdpa"} - {"flex"}):
+        window = shape[1] // 4 if name == choice.window != choice.full else None
+        try:
+            kernel = profiled_kernel(name, shape, shape[2], dtype, torch.device(device), window)
+        except Exception as error:
+            broken[name] = first_line(error)
+        else:
+            kernels[name] = None if kernel is None else {"family": kernel.family, "name": kernel.name}
+    return {"device": here.to_json(), "kernels": kernels, "broken": broken}
 
 
 def _compiler() -> str | None:

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 from pydantic import ValidationError
 
-from picollm.attention_choice import AttentionDevice, choose_attention
+from picollm.attention_choice import AttentionChoice, choose_attention
 from picollm.config.recipe import TrainRecipe, TrainRuntime
 from picollm.data.datasets import Dataset
 from picollm.data.packing import Batches, Encode, RowPacker
 from picollm.errors import ConfigError, IntegrityError
 from picollm.files import sha256_json
+from picollm.model.attention import attention_device, kernel_that_ran
 from picollm.model.gpt import GPT
 from picollm.tokenizer.tokenizer import Tokenizer
 from picollm.train import checkpoint
 from picollm.train.checkpoint_files import checkpoint_dir
-from picollm.train.loop import Job, build_model, train
+from picollm.train.loop import Job, train
+from picollm.train.step import Trainer, build_trainer
 from picollm.worker import Worker
 
 PUT_BACK = "put the original back, or start a new run with `--run NAME`"
@@ -32,6 +34,7 @@ class Inputs:
     runtime: TrainRuntime
     tokenizer: Tokenizer
     datasets: list[Dataset]
+    smaller_because: str | None = None  # why `runtime.json` asks for a smaller device batch
 
 
 def read_inputs(worker: Worker) -> Inputs:
@@ -43,7 +46,10 @@ def read_inputs(worker: Worker) -> Inputs:
     """
     try:
         recipe = TrainRecipe.model_validate(worker.config["recipe"])
-        runtime = TrainRuntime.model_validate(worker.config["runtime"])
+        # The worker's config has `runtime.json` laid over it; there a back-off after running out of memory says why.
+        settings = dict(worker.config["runtime"])
+        reason = settings.pop("reason", None)
+        runtime = TrainRuntime.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(f"`{worker.stage.config_path}` is not a training config", cause=str(error)) from error
     run = worker.stage.run
@@ -54,7 +60,7 @@ def read_inputs(worker: Worker) -> Inputs:
         dataset = Dataset.open(source.dataset, base=run.base)
         require_same(worker, f"dataset `{source.dataset}`", dataset.sha256, source.sha256)
         datasets.append(dataset)
-    return Inputs(recipe, runtime, tokenizer, datasets)
+    return Inputs(recipe, runtime, tokenizer, datasets, reason)
 
 
 def require_same(worker: Worker, what: str, found: str, recorded: str, *, hint: str = PUT_BACK) -> None:
@@ -99,15 +105,18 @@ def run_training(
             cause=f"a row is {length} tokens",
             hint=f"use a multiple of {length * worker.world}",
         )
-    windows = recipe.model.sliding_window is not None
     attention = choose_attention(
-        AttentionDevice(worker.device.type), recipe.dtype, length, windows=windows, requested=runtime.attention
+        attention_device(worker.device),
+        recipe.dtype,
+        length,
+        windows=recipe.model.sliding_window is not None,
+        requested=runtime.attention,
+        head_size=recipe.model.head_dim,
     )
-    model, optimizer = build_model(recipe, attention.full, worker.device)
+    trainer = build_trainer(recipe, runtime, attention, worker.device)
+    model = trainer.model
     if initialise is not None and not stage.finished_steps():
         initialise(model)
-    if runtime.compile:
-        model.compile_blocks()
     packer = RowPacker(
         encode,
         num_documents,
@@ -125,17 +134,29 @@ def run_training(
         world=worker.world,
     )
 
-    job = Job(recipe, runtime, model, optimizer, batches, lambda step: evaluate(model, step), worker.device)
-    processes = "1 process" if worker.world == 1 else f"{worker.world} processes"
-    threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)}{' each' * (worker.world > 1)}"
-    worker.note(
-        f"{processes}, {threads}; {recipe.dtype}: {recipe.dtype_reason}; {attention} attention: {attention.reason}"
-    )
-    result = train(worker, job)
+    _tell_how(worker, inputs, attention, trainer)
+    result = train(worker, Job(recipe, runtime, trainer, batches, lambda step: evaluate(model, step)))
     if worker.rank == 0:
         final = checkpoint_dir(stage, recipe.steps)
         outputs = sorted(path for path in final.rglob("*") if path.is_file())
         stage.write_record({"recipe": sha256_json(worker.config["recipe"])}, outputs, result)
+
+
+def _tell_how(worker: Worker, inputs: Inputs, attention: AttentionChoice, trainer: Trainer) -> None:
+    """Note what decides about speed, and why it is so."""
+    recipe, runtime = inputs.recipe, inputs.runtime
+    processes = "1 process" if worker.world == 1 else f"{worker.world} processes"
+    threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)}{' each' * (worker.world > 1)}"
+    parts = [f"{processes}, {threads}", f"{recipe.dtype}: {recipe.dtype_reason}"]
+    if recipe.fp8:
+        parts.append(f"fp8: {recipe.fp8_reason}")
+    parts.append(f"{attention} attention: {attention.reason}")
+    worker.note("; ".join(parts))
+    model = trainer.model
+    if worker.rank == 0 and (kernels := kernel_that_ran(attention, model.arch, model.compute_dtype, trainer.device)):
+        worker.note(kernels)
+    if inputs.smaller_because:
+        worker.note(f"{runtime.device_batch_size} rows at a time: {inputs.smaller_because}", level="warning")
 
 
 def load_first_weights(model: GPT, worker: Worker, source: str, sha256: str) -> None:

@@ -73,6 +73,11 @@ class Tokenizer:
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
+    def json(self) -> bytes:
+        """The bytes of `tokenizer.json`: everything needed to make the same tokenizer in another process."""
+        return self._json
+
+    @property
     def vocab_size(self) -> int:
         """Tokens in all, the nine specials included."""
         return len(self._bytes)

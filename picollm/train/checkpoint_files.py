@@ -1,20 +1,24 @@
-"""Checkpoint folders without torch: names, hashes, commit by rename, verification, retention.
+"""Checkpoint folders without torch: names, parts, hashes, commit by rename, verification, retention.
 
     checkpoints/step_000500/
-        model.safetensors            weights by parameter name
-        meta.json                    step, data position, hashes of recipe and tokenizer
-        state/rank_0-of-1.safetensors  optimizer tensors by parameter name
-        state/index.json             their global shapes and row ranges
-        SHA256SUMS                   of all the above; `sha256sum -c SHA256SUMS` checks it by hand
+        model.safetensors              weights by parameter name
+        meta.json                      step, data position, hashes of recipe and tokenizer
+        state/rank_K-of-W.safetensors  rank K's share of the optimizer's tensors by parameter name
+        state/index.json               global shapes of all of them, and which rows are in which file
+        SHA256SUMS                     of all the above; `sha256sum -c SHA256SUMS` checks it by hand
 
-Written as `step_000500.tmp`, hashed, fsynced, renamed; the stage's `latest` is replaced last.
+Written as `step_000500.ATTEMPT.tmp`, hashed, fsynced, renamed; the stage's `latest` is replaced last. All ranks of an
+attempt write into one such folder, which must be on a disk that they share. The attempt in its name keeps a process
+left over from an earlier attempt out of it, and so whoever comes first may make it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,50 +36,94 @@ def checkpoint_dir(stage: StageDir, step: int) -> Path:
     return stage.checkpoints / f"step_{step:06d}"
 
 
-def begin(stage: StageDir, step: int) -> Path:
-    """An empty temporary folder for a new checkpoint; leftovers of crashed attempts are swept."""
-    with disk_errors(stage.checkpoints):
-        stage.checkpoints.mkdir(parents=True, exist_ok=True)
-        for stale in stage.checkpoints.glob("*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary = stage.checkpoints / f"step_{step:06d}.tmp"
-        (temporary / "state").mkdir(parents=True)
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def temporary_dir(stage: StageDir, step: int, attempt: str) -> Path:
+    """Where the checkpoint of a step is written before it is committed."""
+    return stage.checkpoints / f"step_{step:06d}.{attempt}.tmp"
+
+
+def begin(stage: StageDir, step: int, attempt: str | None = None, *, rank: int = 0) -> Path:
+    """The temporary folder of a new checkpoint, made by whichever rank comes first.
+
+    Args:
+        attempt: what the ranks of this save have agreed to call it, never used before; None for a single process.
+        rank: rank 0 also sweeps what earlier saves left behind.
+    """
+    temporary = temporary_dir(stage, step, attempt or secrets.token_hex(4))
+    with disk_errors(temporary):
+        if rank == 0 and stage.checkpoints.is_dir():
+            for stale in stage.checkpoints.glob("*.tmp"):
+                if stale != temporary:
+                    shutil.rmtree(stale, ignore_errors=True)
+        (temporary / "state").mkdir(parents=True, exist_ok=True)
     return temporary
 
 
-def commit(stage: StageDir, step: int, temporary: Path, *, keep_last: int) -> int:
+def discard(temporary: Path) -> None:
+    """Give up a checkpoint that could not be completed, so that ranks that watch it go on."""
+    _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, if it is there. It vanishes at once: half of it must never be taken for a checkpoint."""
+    gone = path.with_name(f"{path.name.removesuffix('.tmp')}.{secrets.token_hex(4)}.tmp")
+    with contextlib.suppress(OSError):
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def commit(stage: StageDir, step: int, temporary: Path, *, keep_last: int, known: dict[str, str] | None = None) -> int:
     """Hash, fsync and rename the folder, point `latest` to it, prune older ones. Returns its bytes.
+
+    Args:
+        known: sha256 of files that were hashed and fsynced by whoever wrote them, by name in the folder.
 
     Raises:
         HostError: the disk is full or cannot be written; what was there before is untouched.
     """
+    known = known or {}
     with disk_errors(temporary):
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sums = "".join(f"{sha256_file(path)}  {path.relative_to(temporary).as_posix()}\n" for path in files)
+        names = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
+        size = sum((temporary / name).stat().st_size for name in names)
+        sums = "".join(f"{known.get(name) or sha256_file(temporary / name)}  {name}\n" for name in names)
         (temporary / SUMS).write_text(sums)
-        for path in [*files, temporary / SUMS]:
-            fsync_path(path)
+        for name in [*names, SUMS]:
+            if name not in known:
+                fsync_path(temporary / name)
         fsync_path(temporary / "state")
         fsync_path(temporary)
         target = checkpoint_dir(stage, step)
-        if target.exists():  # a resumed run has come to the same step again
-            shutil.rmtree(target)
+        _remove(target)  # a resumed run may have come to the same step again
         os.replace(temporary, target)
         fsync_path(stage.checkpoints)
-    write_atomic(stage.latest, f"{target.name}\n")
-    steps = stage.finished_steps()
-    # Training went on from an earlier step, so a later one did not load: it must not outlive a good one in its place.
-    for damaged in (later for later in steps if later > step):
-        _set_aside(checkpoint_dir(stage, damaged))
-    for old in [earlier for earlier in steps if earlier <= step][:-keep_last]:
-        shutil.rmtree(checkpoint_dir(stage, old), ignore_errors=True)
-    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    point_latest(stage, step)
+    for old in [earlier for earlier in stage.finished_steps() if earlier <= step][:-keep_last]:
+        _remove(checkpoint_dir(stage, old))
+    return size + len(sums)
 
 
-def _set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint so that nothing takes it for one; its bytes stay for whoever wants to look."""
+def point_latest(stage: StageDir, step: int) -> None:
+    """Make `latest` name the checkpoint of a step, for whoever looks by hand."""
+    write_atomic(stage.latest, f"{checkpoint_dir(stage, step).name}\n")
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint so that nothing takes it for one; its bytes stay for whoever wants to look.
+
+    Left where it is, it would count among the last that are kept, and cost an intact one its place.
+    """
     with disk_errors(path):
         os.replace(path, free_name(path.with_name(f"{path.name}.damaged")))
+
+
+def write_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json into a folder that is not committed yet."""
+    (path / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_sums(path: Path) -> dict[str, str]:
@@ -103,18 +151,25 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
-def verify(path: Path, *, only: tuple[str, ...] = ()) -> dict[str, str]:
+def verify(path: Path, *, only: tuple[str, ...] = (), rank: int = 0, world: int = 1) -> dict[str, str]:
     """Re-hash a checkpoint's files (or `only` some) and return the recorded hashes.
+
+    Args:
+        rank, world: of ranks that verify together, each hashes every `world`-th file, and all are needed for a verdict.
 
     Raises:
         IntegrityError: a file is missing or its bytes are not as recorded; it is named.
     """
     sums = read_sums(path)
-    for name in only or sums:
+    for name in list(only or sums)[rank::world]:
         file = path / name
         if not file.is_file():
             raise IntegrityError(f"checkpoint file `{file}` is missing", cause=f"`{SUMS}` lists it", hint=RESTORE)
-        if (found := sha256_file(file)) != sums[name]:
+        try:
+            found = sha256_file(file)
+        except OSError as error:
+            raise IntegrityError(f"checkpoint file `{file}` cannot be read", cause=str(error), hint=RESTORE) from error
+        if found != sums[name]:
             raise IntegrityError(
                 f"checkpoint file `{file}` is damaged",
                 cause=f"its sha256 is {found[:12]}…, recorded was {sums[name][:12]}…",
@@ -154,8 +209,3 @@ def checkpoint_sha256(stage: StageDir) -> tuple[int, str]:
     """(step, recorded sha256 of the weights) of the stage's newest checkpoint."""
     step = latest_step(stage)
     return step, read_sums(checkpoint_dir(stage, step))["model.safetensors"]
-
-
-def write_meta(path: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json into a folder that is not committed yet."""
-    (path / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

@@ -1,28 +1,30 @@
-"""The one training loop: pretraining and SFT differ in where batches come from and what is evaluated."""
+"""The one training loop: pretraining and SFT differ in where batches come from and what is evaluated.
+
+The host runs one step ahead of what it knows: while step n + 1 runs, it reads what step n said, writes its event, and
+obeys it (stop, save, give up). Before a save, and so before every evaluation, it catches up.
+"""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from picollm.config.recipe import TrainRecipe, TrainRuntime
 from picollm.data.packing import Batches
-from picollm.errors import ConfigError, Interrupted, WorkerError
+from picollm.data.prefetch import Prefetcher, StepBatches
+from picollm.errors import ConfigError, Diverged, HostError, Interrupted, WorkerError
 from picollm.files import sha256_json
-from picollm.model.gpt import GPT
-from picollm.optim.muon import MuonAdamW
 from picollm.scaling import flops_per_token
-from picollm.train import checkpoint, distributed
+from picollm.train import checkpoint
+from picollm.train.back_off import FIRST_STEPS, smaller_batch
 from picollm.train.checkpoint_files import checkpoint_dir
-from picollm.train.metrics import memory_gib, peak_flops
+from picollm.train.garbage import frozen_garbage
+from picollm.train.metrics import Throughput, memory, peak_flops
+from picollm.train.step import MAX_BAD_STEPS, Pending, StepResult, Trainer
 from picollm.worker import Worker
-
-MAX_BAD_STEPS = 3  # non-finite steps in a row before the run is stopped
 
 # step -> values to record, by name
 Evaluate = Callable[[int], dict[str, float]]
@@ -34,22 +36,10 @@ class Job:
 
     recipe: TrainRecipe
     runtime: TrainRuntime
-    model: GPT
-    optimizer: MuonAdamW
+    trainer: Trainer
     batches: Batches
     evaluate: Evaluate
-    device: torch.device
-
-
-def build_model(recipe: TrainRecipe, attention: str, device: torch.device) -> tuple[GPT, MuonAdamW]:
-    """The recipe's model with its first weights, and its optimizer."""
-    compute = getattr(torch, recipe.dtype)
-    model = GPT(recipe.model, compute_dtype=compute, backend=attention)
-    if compute == torch.float64:
-        model = model.double()
-    model.init_weights(recipe.seed)
-    model.to(device)
-    return model, MuonAdamW(model, recipe.rates, recipe.schedule, recipe.steps, dtype=compute)
+    now: Callable[[], float] = time.monotonic  # of `checkpoint_minutes`
 
 
 def train(worker: Worker, job: Job) -> dict[str, Any]:
@@ -57,136 +47,242 @@ def train(worker: Worker, job: Job) -> dict[str, Any]:
 
     Raises:
         Interrupted: a stop was asked for; the state is saved.
-        WorkerError: several steps in a row were not finite; the last good state is saved.
+        Diverged: several steps in a row were not finite; the last good state is saved.
+        OutOfMemory: in one of the first steps; the next attempt takes fewer rows at a time.
         IntegrityError: there are checkpoints and none is intact.
         ConfigError: the newest checkpoint was made with another recipe.
     """
-    stage, recipe, runtime = worker.stage, job.recipe, job.runtime
-    meta, warnings = checkpoint.resume(stage, job.model, job.optimizer)
-    start = 0
-    cpu_before = 0.0
-    recipe_sha256 = sha256_json(recipe.model_dump(mode="json"))
-    if meta is not None:
-        if meta["recipe_sha256"] != recipe_sha256:
-            raise ConfigError(
-                f"the checkpoint of step {meta['step']} was made with another recipe than `{stage.config_path}` has",
-                cause=f"its recipe's sha256 is {meta['recipe_sha256'][:12]}…, the one there {recipe_sha256[:12]}…",
-                hint=f"undo the edit, or redo the stage with `picollm speedrun --run {stage.run.name} "
-                f"--force {stage.name}`",
-            )
-        start, cpu_before = meta["step"], meta["cpu_s"]
-        job.batches.packer.restore(meta["data"])
-    worker.start(resumed_from=start, total_steps=recipe.steps)
-    for text in warnings:
-        worker.note(text, level="warning")
-    saved_at = start if meta is not None else -1
-    last_loss: float | None = meta["loss"] if meta is not None else None
-    values: dict[str, float] = {}
-
-    def save(step: int) -> None:
-        nonlocal saved_at
-        if saved_at == step:
-            return
-        saved_at = step
-        if worker.rank != 0:
-            return
-        started = time.monotonic()
-        path, size = checkpoint.save(
-            stage,
-            step,
-            job.model,
-            job.optimizer,
-            {
-                "recipe_sha256": recipe_sha256,
-                "tokenizer_sha256": recipe.tokenizer_sha256,
-                "data": job.batches.packer.state(),
-                "loss": last_loss,
-                "cpu_s": round(cpu_before + time.process_time(), 3),
-            },
-            keep_last=runtime.keep_last,
-        )
-        took = round(time.monotonic() - started, 3)
-        worker.event("checkpoint", step=step, path=path.relative_to(stage.path).as_posix(), bytes=size, dt_s=took)
-
-    def evaluate(step: int) -> None:
-        if worker.rank == 0:
-            values.update(job.evaluate(step))
-            for name, value in values.items():
-                worker.event("eval", step=step, name=name, value=value)
-
-    flops, peak = flops_per_token(recipe.model), peak_flops(job.device)
-    bad = 0
-    for step in range(start, recipe.steps):
-        before = time.monotonic()
-        loss, grad_norm, stop = _gradients(worker, job)
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            job.optimizer.step(step)
-            last_loss, bad = loss, 0
-        else:
-            job.optimizer.zero_grad()
-            bad += 1
-            worker.note(
-                f"step {step + 1} was not finite (loss {loss}, gradient norm {grad_norm}); skipped", level="warning"
-            )
-            if bad == MAX_BAD_STEPS:
-                save(step + 1 - bad)
-                raise WorkerError(
-                    f"{bad} steps in a row were not finite",
-                    cause=f"the last loss was {loss}, the last gradient norm {grad_norm}",
-                    hint="lower the rates (`--set train.matrix_lr=…`) in a new run; the last good state is saved",
-                )
-        dt = time.monotonic() - before
-        done = step + 1
-        tokens_per_s = recipe.batch_tokens / dt
-        worker.event(
-            "step",
-            step=done,
-            loss=round(loss, 6),
-            lr=round(job.optimizer.rates_at(step)["matrix"], 8),
-            tokens=done * recipe.batch_tokens,
-            tokens_per_s=round(tokens_per_s, 1),
-            mfu=round(flops * tokens_per_s / (peak * worker.world), 4) if peak else None,
-            grad_norm=round(grad_norm, 6),
-            mem_gib=round(memory_gib(job.device), 3),
-            dt_s=round(dt, 4),
-        )
-        due = runtime.eval_every is not None and done % runtime.eval_every == 0 and done < recipe.steps
-        if done % runtime.checkpoint_every == 0 or due or done == recipe.steps:
-            save(done)  # always before an evaluation
-        if stop and done < recipe.steps:
-            save(done)
-            raise Interrupted(f"stopped at step {done} of {recipe.steps}, state saved")
-        if due:
-            evaluate(done)
-    evaluate(recipe.steps)
-    return {
-        "step": recipe.steps,
-        "loss": last_loss,
-        "tokens": recipe.steps * recipe.batch_tokens,
-        "epochs": round(job.batches.packer.epoch, 3),
-        "cpu_s": round(cpu_before + time.process_time(), 1),
-        "checkpoint": checkpoint_dir(stage, recipe.steps).relative_to(stage.path).as_posix(),
-        **values,
-    }
+    loop = _Loop(worker, job)
+    try:
+        prefetcher = Prefetcher(job.batches, loop.steps - loop.step, job.trainer.device)
+        with contextlib.closing(prefetcher), frozen_garbage() as collect:
+            while loop.step < loop.steps:
+                loop.take(prefetcher)
+                collect()
+        return loop.finish()
+    except BaseException:
+        if worker.world == 1:  # other ranks may be gone, and a save needs all of them
+            with contextlib.suppress(Exception):
+                loop.saver.wait()
+        raise
 
 
-def _gradients(worker: Worker, job: Job) -> tuple[float, float, bool]:
-    """One step's gradients, summed over micro-batches and ranks.
+@dataclass(frozen=True)
+class Launched:
+    """A step whose figures nobody has read yet; `position` of the data is the one behind it, `step` counts from 1."""
 
-    Returns:
-        (mean loss in nats per trained token, global gradient norm, whether any rank wants to stop).
+    step: int
+    position: dict[str, Any]
+    figures: Pending
+
+
+class _Loop:
+    """The state of a run between two steps.
+
+    Attributes:
+        step, steps: how many were launched, earlier attempts included, and how many there will be.
     """
-    micro_batches, count = job.batches.next_step()
-    total = torch.zeros(2, dtype=torch.float64, device=job.device)
-    for inputs, targets in micro_batches:
-        ids = torch.from_numpy(inputs).to(job.device)
-        wanted = torch.from_numpy(targets).to(job.device)
-        loss = job.model.loss(ids, wanted, scale=1.0 / max(1, count))
-        loss.backward()
-        total[0] += loss.detach()
-    total[1] = float(worker.should_stop())
-    distributed.all_reduce_sum(total)
-    parameters = [p for p in job.model.parameters() if p.grad is not None]
-    distributed.sum_gradients(parameters)
-    norm = torch.stack([p.grad.norm() for p in parameters]).norm()
-    return float(total[0]), float(norm), bool(total[1])
+
+    def __init__(self, worker: Worker, job: Job) -> None:
+        self.worker, self.job, self.trainer = worker, job, job.trainer
+        self.stage, self.recipe, self.runtime = worker.stage, job.recipe, job.runtime
+        self.recipe_sha256 = sha256_json(self.recipe.model_dump(mode="json"))
+        device = self.trainer.device
+        self.saver = checkpoint.Saver(
+            self.stage,
+            worker.rank,
+            worker.world,
+            keep_last=self.runtime.keep_last,
+            asynchronous=device.type == "cuda",
+            warn=lambda text: worker.note(text, level="warning"),
+        )
+        step_flops = self.recipe.batch_tokens * flops_per_token(self.recipe.model)
+        self.throughput = Throughput(
+            self.recipe.batch_tokens, step_flops, peak_flops(device, self.recipe.dtype), worker.world
+        )
+        self.step, self.steps = 0, self.recipe.steps
+        self.loss: float | None = None  # of the last step that was kept
+        self.values: dict[str, float] = {}  # of the last evaluation
+        self.pending: Launched | None = None
+        self.stopping = self.saving = False  # what the ranks agreed on
+        self.saved_step, self.cpu_before = -1, 0.0
+        self._resume()
+        self.first = self.step  # of this attempt
+        self.epoch = job.batches.packer.epoch
+        self.saved_at = job.now()
+        self.clock = time.monotonic()  # end of the step that was read last, or of a save or evaluation after it
+
+    def _resume(self) -> None:
+        meta, warnings = checkpoint.resume(
+            self.stage, self.trainer.model, self.trainer.optimizer, tokenizer_sha256=self.recipe.tokenizer_sha256
+        )
+        if meta is not None:
+            found, wanted = meta["recipe_sha256"], self.recipe_sha256
+            if found != wanted:
+                raise ConfigError(
+                    f"the checkpoint of step {meta['step']} was made with another recipe than "
+                    f"`{self.stage.config_path}` has",
+                    cause=f"its recipe's sha256 is {found[:12]}…, the one there {wanted[:12]}…",
+                    hint=f"undo the edit, or redo the stage with `picollm speedrun --run {self.stage.run.name} "
+                    f"--force {self.stage.name}`",
+                )
+            self.step = self.saved_step = meta["step"]
+            self.loss, self.cpu_before = meta["loss"], meta["cpu_s"]
+            self.job.batches.packer.restore(meta["data"])
+            if self.trainer.loss_scale is not None:
+                self.trainer.loss_scale.restore(meta["loss_scale"])
+        self.worker.start(resumed_from=self.step, total_steps=self.steps)
+        for text in warnings:
+            self.worker.note(text, level="warning")
+
+    # -- one step --
+
+    def take(self, prefetcher: Prefetcher) -> None:
+        """Launch a step, read the one before it, then save, stop or evaluate where it is time to."""
+        with self._out_of_memory_backs_off():
+            self._take(prefetcher.next())
+
+    def _take(self, batches: StepBatches) -> None:
+        with self._compiling():
+            pending = self.trainer.step(self.step, batches, stop=self.worker.should_stop(), save=self._save_is_due())
+            self._read()
+            self.step, self.epoch = self.step + 1, batches.epoch
+            self.pending = Launched(self.step, batches.position, pending)
+        done, last, every = self.step, self.step == self.steps, self.runtime.eval_every
+        evaluating = every is not None and done % every == 0 and not last
+        if done % self.runtime.checkpoint_every == 0 or evaluating or last or self.stopping or self.saving:
+            self._read()
+            self._save(done, batches.position)
+        if self.stopping and not last:
+            self._wait_until_saved()
+            raise Interrupted(f"stopped at step {done} of {self.steps}, state saved")
+        if evaluating:
+            with contextlib.suppress(HostError, WorkerError):  # told already; the next save tries again
+                self.saver.wait()
+            self._evaluate(done)
+        self._tell_saved()
+
+    @contextlib.contextmanager
+    def _out_of_memory_backs_off(self) -> Iterator[None]:
+        early = self.step - self.first < FIRST_STEPS
+        try:
+            yield
+        except Exception as error:
+            smaller = smaller_batch(self.stage, self.runtime.device_batch_size, error) if early else None
+            if smaller is None:
+                raise
+            raise smaller from error
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Say so around the first step of an attempt: it takes minutes where the others take less than a second."""
+        if self.step > self.first or not self.runtime.compile:
+            yield
+            return
+        self.worker.event("phase", text="compiling…")
+        yield
+        self._read()
+        self.worker.event("phase", text="")
+
+    def _save_is_due(self) -> bool:
+        """True on rank 0 when its clock says so."""
+        minutes = self.runtime.checkpoint_minutes
+        return self.worker.rank == 0 and minutes is not None and self.job.now() - self.saved_at >= 60 * minutes
+
+    def _read(self) -> None:
+        """Take in what the step launched last has said, once it has ended; nothing to do when that was done.
+
+        Raises:
+            Diverged: it was the last of too many that were not finite.
+        """
+        if self.pending is None:
+            return
+        launched, self.pending = self.pending, None
+        result = launched.figures.read()
+        self.stopping |= result.stop
+        self.saving |= result.save
+        if result.kept:
+            self.loss = result.loss
+        else:
+            self._note_skipped(launched.step, result)
+        dt_s = max(1e-9, result.ended_at - self.clock)
+        self.clock = result.ended_at
+        mfu = self.throughput.mfu(dt_s)
+        self.worker.event(
+            "step",
+            step=launched.step,
+            loss=round(result.loss, 6),
+            lr=round(self.trainer.optimizer.rates_at(launched.step - 1)["matrix"], 8),
+            tokens=launched.step * self.recipe.batch_tokens,
+            tokens_per_s=round(self.throughput.tokens_per_s(dt_s), 1),
+            mfu=None if mfu is None else round(mfu, 4),
+            grad_norm=round(result.grad_norm, 6),
+            mem_gib=round(memory(self.trainer.device).allocated_gib, 3),
+            dt_s=round(dt_s, 4),
+        )
+        if result.bad_steps == MAX_BAD_STEPS:
+            # The position is the one behind the bad steps: the next attempt goes on with other batches.
+            self._save(launched.step - MAX_BAD_STEPS, launched.position)
+            self._wait_until_saved()
+            raise Diverged(
+                f"{MAX_BAD_STEPS} steps in a row were not finite",
+                cause=f"the last loss was {result.loss}, the last gradient norm {result.grad_norm}",
+                hint="lower the rates (`--set train.matrix_lr=…`) in a new run; the last good state is saved",
+            )
+
+    def _note_skipped(self, step: int, result: StepResult) -> None:
+        if result.bad_steps:
+            text = f"step {step} was not finite (loss {result.loss}, gradient norm {result.grad_norm}); skipped"
+            self.worker.note(text, level="warning")
+        else:
+            self.worker.note(f"step {step} overflowed under a loss scale of {result.loss_scale:,.0f}; skipped, halved")
+
+    # -- between steps --
+
+    def _save(self, step: int, position: dict[str, Any]) -> None:
+        if step > self.saved_step:  # what was saved after the last good step holds the same weights
+            self.saved_step = step
+            meta = {
+                "recipe_sha256": self.recipe_sha256,
+                "tokenizer_sha256": self.recipe.tokenizer_sha256,
+                "data": position,
+                "loss": self.loss,
+                "cpu_s": round(self.cpu_before + time.process_time(), 3),
+            }
+            if self.trainer.loss_scale is not None:
+                meta["loss_scale"] = self.trainer.loss_scale.state()
+            self.saver.save(step, self.trainer.model, self.trainer.optimizer, meta)
+        self.saving, self.saved_at, self.clock = False, self.job.now(), time.monotonic()
+
+    def _tell_saved(self) -> None:
+        for saved in self.saver.finished():
+            path = saved.path.relative_to(self.stage.path).as_posix()
+            self.worker.event("checkpoint", step=saved.step, path=path, bytes=saved.bytes, dt_s=saved.dt_s)
+
+    def _wait_until_saved(self) -> None:
+        self.saver.wait()
+        self._tell_saved()
+
+    def _evaluate(self, step: int) -> None:
+        """Rank 0 evaluates; the others wait for it in the next step, or are done."""
+        if self.worker.rank == 0:
+            self.trainer.model.eval()
+            self.values = self.job.evaluate(step)
+            self.trainer.model.train()
+            for name, value in self.values.items():
+                self.worker.event("eval", step=step, name=name, value=value)
+        self.clock = time.monotonic()
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate what came out, once it is safe; returns the figures for the stage record."""
+        self._wait_until_saved()
+        self._evaluate(self.steps)
+        return {
+            "step": self.steps,
+            "loss": self.loss,
+            "tokens": self.steps * self.recipe.batch_tokens,
+            "epochs": round(self.epoch, 3),
+            "cpu_s": round(self.cpu_before + time.process_time(), 1),
+            "checkpoint": checkpoint_dir(self.stage, self.steps).relative_to(self.stage.path).as_posix(),
+            **self.values,
+        }

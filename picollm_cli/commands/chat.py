@@ -11,7 +11,7 @@ import typer
 
 from picollm_cli import options
 from picollm_cli.console import Output
-from picollm_cli.launch import SPIN_COUNT
+from picollm_cli.processes import SPIN_COUNT
 from picollm_cli.stage_option import StageOption, choose_stage
 from picollm_cli.text_input import argument_text, stdin_text, utf8_text
 

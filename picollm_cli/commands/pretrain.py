@@ -30,18 +30,24 @@ def pretrain(
     """
     from picollm_cli.launch import run_stage
     from picollm_cli.launch_line import parse_launch
-    from picollm_cli.prepare import open_run, resolve_run
+    from picollm_cli.nodes import follow, leading
+    from picollm_cli.prepare import check_launch, open_run, resolve_run
     from picollm_cli.prepare_stage import prepare_pretrain
 
     out, how = Output(json), parse_launch(launch)
+    given = {"run": run, "preset": preset, "config": config, "sets": sets}
     if dry_run:
         from picollm_cli.dry_run import show_plan
 
-        show_plan(out, resolve_run(run=run, preset=preset, config=config, sets=sets), how)
+        show_plan(out, resolve_run(**given), how)
         return
-    with open_run(out, run=run, preset=preset, config=config, sets=sets, ranks=how.ranks, yes=yes) as prepared:
-        stage = prepare_pretrain(prepared, ranks=how.ranks)
-        record = run_stage(out, stage, "picollm.stages.pretrain", launch=how)
+    if how.node_rank:
+        check_launch(how)
+        follow(out, resolve_run(**given).run, ["pretrain"], how)
+        return
+    with open_run(out, **given, launch=how, yes=yes) as prepared, leading(prepared.run, how) as board:
+        stage = prepare_pretrain(prepared, how)
+        record = run_stage(out, stage, "picollm.stages.pretrain", launch=how, board=board)
     found = record["result"]
     out.print(f"pretrain of run `{prepared.run.name}` is finished: step {found['step']}, loss {found['loss']:.4f}")
     out.result({"run": prepared.run.name, "stage": "pretrain", **found})

@@ -28,7 +28,8 @@ def sft(
     """
     from picollm_cli.launch import run_stage
     from picollm_cli.launch_line import parse_launch
-    from picollm_cli.prepare import open_run, resolve_run
+    from picollm_cli.nodes import follow, leading
+    from picollm_cli.prepare import check_launch, open_run, resolve_run
     from picollm_cli.prepare_stage import prepare_sft, say_sft_sources
 
     out, how = Output(json), parse_launch(launch)
@@ -38,10 +39,14 @@ def sft(
 
         show_plan(out, resolve_run(**given), how, "sft")
         return
-    with open_run(out, **given, ranks=how.ranks, yes=yes) as prepared:
-        stage = prepare_sft(prepared, ranks=how.ranks)
+    if how.node_rank:
+        check_launch(how)
+        follow(out, resolve_run(**given).run, ["sft"], how)
+        return
+    with open_run(out, **given, launch=how, yes=yes) as prepared, leading(prepared.run, how) as board:
+        stage = prepare_sft(prepared, how)
         say_sft_sources(out, prepared)
-        record = run_stage(out, stage, "picollm.stages.sft", launch=how)
+        record = run_stage(out, stage, "picollm.stages.sft", launch=how, board=board)
     found = record["result"]
     out.print(f"sft of run `{prepared.run.name}` is finished: step {found['step']}, loss {found['loss']:.4f}")
     out.result({"run": prepared.run.name, "stage": "sft", **found})

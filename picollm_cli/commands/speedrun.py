@@ -20,6 +20,7 @@ from picollm_cli.launch import run_stage
 from picollm_cli.launch_line import Launch, parse_launch
 
 if TYPE_CHECKING:
+    from picollm_cli.nodes import Board
     from picollm_cli.prepare import Prepared
 
 Figures = dict[str, Any]
@@ -28,11 +29,12 @@ Figures = dict[str, Any]
 class Job:
     """One speedrun at work; `begin` is called by a stage that has something to do."""
 
-    def __init__(self, out: Output, prepared: Prepared, launch: Launch) -> None:
+    def __init__(self, out: Output, prepared: Prepared, launch: Launch, board: Board | None) -> None:
         self.out = out
         self.prepared = prepared
         self.run = prepared.run
         self.launch = launch
+        self.board = board
         self.changed = False  # by any stage so far
         self.working = False  # the current stage
         self._events: EventWriter | None = None
@@ -69,7 +71,8 @@ class Job:
         if not stage.is_done({"recipe": sha256_json(stage.read_config()["recipe"])}):
             self.begin()
             first()
-        return run_stage(self.out, stage, module, launch=launch, title=title)["result"]
+        board = self.board if launch.nnodes > 1 else None
+        return run_stage(self.out, stage, module, launch=launch, board=board, title=title)["result"]
 
 
 # -- the stages -------------------------------------------------------------------------------------------------------
@@ -115,14 +118,14 @@ def make_tokenizer(job: Job) -> Figures:
 def make_pretrain(job: Job) -> Figures:
     from picollm_cli.prepare_stage import prepare_pretrain
 
-    stage = prepare_pretrain(job.prepared, ranks=job.launch.ranks)
+    stage = prepare_pretrain(job.prepared, job.launch)
     return job.worker(stage, "picollm.stages.pretrain", launch=job.launch)
 
 
 def make_sft(job: Job) -> Figures:
     from picollm_cli.prepare_stage import prepare_sft, say_sft_sources
 
-    stage = prepare_sft(job.prepared, ranks=job.launch.ranks)
+    stage = prepare_sft(job.prepared, job.launch)
     return job.worker(
         stage, "picollm.stages.sft", launch=job.launch, first=lambda: say_sft_sources(job.out, job.prepared)
     )
@@ -226,27 +229,36 @@ def speedrun(
       picollm speedrun --preset demo --dry-run
       picollm speedrun --preset cpu-small --run peps --set data.dataset=peps
       picollm speedrun --run peps --force sft --set sft.steps=200
+      picollm speedrun --preset d24 --run big --launch nproc=8
     """
     import os
 
-    from picollm_cli.prepare import open_run, resolve_run
+    from picollm_cli.nodes import follow, leading
+    from picollm_cli.prepare import check_launch, open_run, resolve_run
 
     out, how = Output(json), parse_launch(launch)
     left_out = [_known_stage("--skip", name) for name in skip or []]
     redo = NAMES[NAMES.index(_known_stage("--force", force)) :] if force else []
     if not (run or preset or config or os.environ.get("PICOLLM_RUN")):
         preset = "demo"
+    given = {"run": run, "preset": preset, "config": config, "sets": sets}
     if dry_run:
         from picollm_cli.dry_run import show_plan
 
-        show_plan(out, resolve_run(run=run, preset=preset, config=config, sets=sets, redo=redo), how)
+        show_plan(out, resolve_run(**given, redo=redo), how)
+        return
+    if how.node_rank:
+        check_launch(how)
+        stages = [name for name in ("pretrain", "sft") if name not in left_out]
+        follow(out, resolve_run(**given, redo=redo).run, stages, how, redo=redo)
         return
     started = time.monotonic()
-    with open_run(
-        out, run=run, preset=preset, config=config, sets=sets, force=redo, ranks=how.ranks, yes=yes
-    ) as prepared:
+    with (
+        open_run(out, **given, force=redo, launch=how, yes=yes) as prepared,
+        leading(prepared.run, how) as board,
+    ):
         out.note(f"run `{prepared.run.name}` in `{prepared.run.path}`")
-        made = _make_all(Job(out, prepared, how), left_out)
+        made = _make_all(Job(out, prepared, how, board), left_out)
     _tell(out, prepared.run.name, prepared.run.path, made, time.monotonic() - started)
 
 

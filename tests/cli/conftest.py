@@ -22,6 +22,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with run `tiny`: tokenizer, `pretrain` and `sft` with a model of random weights, T 96."""
     import torch
 
+    from picollm.attention_choice import AttentionChoice
     from picollm.config.model import Architecture
     from picollm.config.recipe import Rates, Schedule, Source, TrainRecipe, TrainRuntime
     from picollm.config.resolve import resolve
@@ -32,7 +33,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from picollm.run_dir import RunDir
     from picollm.tokenizer.train import train
     from picollm.train import checkpoint
-    from picollm.train.loop import build_model
+    from picollm.train.step import build_trainer
 
     base = tmp_path_factory.mktemp("tiny") / "base"
     with DatasetWriter("stories", base) as writer:
@@ -68,9 +69,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             data=(Source(dataset=source, sha256=dataset.sha256),), buffer_documents=1,
             tokenizer_sha256=tokenizer.sha256,
         )  # fmt: skip
-        model, optimizer = build_model(recipe, "sdpa", torch.device("cpu"))
+        trainer = build_trainer(recipe, runtime, AttentionChoice("sdpa", None, "test"), torch.device("cpu"))
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in trainer.model.parameters():
                 parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(7))
         stage = run.stage(name)
         values = recipe.model_dump(mode="json")
@@ -78,8 +79,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stage.config_path,
             {"schema": SCHEMA, "stage": name, "recipe": values, "runtime": runtime.model_dump(mode="json")},
         )
-        folder, _ = checkpoint.save(stage, 10, model, optimizer, {"tokenizer_sha256": tokenizer.sha256}, keep_last=1)
-        outputs = [path for path in folder.rglob("*") if path.is_file()]
+        saver = checkpoint.Saver(stage, 0, 1, keep_last=1, asynchronous=False)
+        saver.save(10, trainer.model, trainer.optimizer, {"tokenizer_sha256": tokenizer.sha256})
+        outputs = [path for saved in saver.finished() for path in saved.path.rglob("*") if path.is_file()]
         stage.write_record({"recipe": sha256_json(values)}, outputs, {"step": 10})
     return base
 

@@ -18,10 +18,14 @@ from picollm.train.checkpoint_files import begin, checkpoint_dir, commit
 
 def main() -> int:
     stage = StageDir(Path(sys.argv[1]))
-    recipe = stage.read_config()["recipe"]
+    config = stage.read_config()
+    recipe, rows = config["recipe"], config["runtime"].get("device_batch_size", 1)
     behaviour, steps = recipe.get("behaviour", "succeed"), recipe.get("steps", 1)
     with hold_lock(stage.lock_path, "stage", wait_s=1):
         events = EventWriter(stage.events_path, stage.name)
+        if behaviour == "slow_start":
+            time.sleep(1.0)
+            stage.stop_path.unlink(missing_ok=True)
         events.write("stage_start", attempt=attempts(stage.events_path) + 1, resumed_from=0, total_steps=steps)
         print(f"threads {os.environ['OMP_NUM_THREADS']} cwd {Path.cwd()}", flush=True)
         for step in range(1, steps + 1):
@@ -39,6 +43,11 @@ def main() -> int:
                 print("the last words", flush=True)
                 report = {"type": "PicollmError", "message": "RuntimeError: boom", "cause": None, "hint": None}
                 return fail(stage, {**report, "exit_code": 1, "rank": 3, "traceback": ""}, 1)
+            case "out_of_memory" | "out_of_memory_stuck" if rows > recipe.get("rows_that_fit", 0):
+                if behaviour == "out_of_memory":
+                    write_json(stage.runtime_path, {"device_batch_size": rows // 2})
+                report = {"type": "OutOfMemory", "message": f"out of memory with {rows}", "cause": None, "hint": None}
+                return fail(stage, {**report, "exit_code": 7, "rank": 0, "traceback": "", "backed_off": True}, 7)
             case "killed":
                 os.kill(os.getpid(), 9)
         output, result = make(stage, recipe, steps)

@@ -191,15 +191,20 @@ def test_a_meta_without_a_tokenizer(tiny_run: Path, refused: Any) -> None:
 
 
 def test_a_damaged_checkpoint_never_costs_an_intact_one(tiny_run: Path, command: Any) -> None:
-    """Resume falls back; the next save sets the damaged one aside instead of pruning the good ones below it."""
+    """Resume falls back and sets the damaged one aside, so that no good one below it is pruned for it."""
     import torch
 
-    from picollm.config.recipe import TrainRecipe
+    from picollm.attention_choice import AttentionChoice
+    from picollm.config.recipe import TrainRecipe, TrainRuntime
     from picollm.train import checkpoint
-    from picollm.train.loop import build_model
+    from picollm.train.step import build_trainer
 
     stage = RunDir(tiny_run).stage("sft")
-    recipe = TrainRecipe.model_validate(stage.read_config()["recipe"])
+    config = stage.read_config()
+    recipe, runtime = (
+        TrainRecipe.model_validate(config["recipe"]),
+        TrainRuntime.model_validate(config["runtime"]),
+    )
     damaged = stage.checkpoints / "step_000020"
     shutil.copytree(stage.checkpoints / "step_000010", damaged)
     flipped("sft/checkpoints/step_000020/model.safetensors")(tiny_run)
@@ -208,11 +213,12 @@ def test_a_damaged_checkpoint_never_costs_an_intact_one(tiny_run: Path, command:
     junk.mkdir()
     (junk / "note").write_text("junk")
 
-    model, optimizer = build_model(recipe, "sdpa", torch.device("cpu"))
-    meta, warnings = checkpoint.resume(stage, model, optimizer)
+    trainer = build_trainer(recipe, runtime, AttentionChoice("sdpa", None, "test"), torch.device("cpu"))
+    meta, warnings = checkpoint.resume(stage, trainer.model, trainer.optimizer)
     assert meta is not None and meta["step"] == 10
     assert [warning.split(" is")[0] for warning in warnings] == ["checkpoint of step 20"]
-    checkpoint.save(stage, 15, model, optimizer, {"tokenizer_sha256": recipe.tokenizer_sha256}, keep_last=1)
+    saver = checkpoint.Saver(stage, 0, 1, keep_last=1, asynchronous=False)
+    saver.save(15, trainer.model, trainer.optimizer, {"tokenizer_sha256": recipe.tokenizer_sha256})
     names = sorted(path.name for path in stage.checkpoints.iterdir())
     assert names == ["step_000015", "step_000020.damaged", "step_999999999"]
     assert (stage.checkpoints / "step_000020.damaged/model.safetensors").read_bytes() == bytes_of_damaged

@@ -16,6 +16,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from picollm import torch_facts
+from picollm.attention_choice import AttentionDevice
 from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact
 from picollm.hardware import Gpu, Machine
 from picollm.run_dir import RunDir
@@ -38,7 +39,7 @@ FACTS: dict[str, Any] = {
     "cpu_capability": "AVX512",
     "fp32": {"works": True, "error": None, "flops_per_s": 80e9},
     "bf16": {"works": True, "error": None, "flops_per_s": 200e9},
-    "attention": {"backends": ["matmul", "sdpa"], "kernel": None},
+    "attention": {"device": AttentionDevice("cpu").to_json(), "kernels": {"matmul": None, "sdpa": None}, "broken": {}},
     "distributed": {"gloo": True, "nccl": False},
     "compile": {"compiler": "g++", "triton": False},
 }
@@ -48,7 +49,11 @@ GPU_FACTS = FACTS | {
     "build": "cuda 12.8",
     "cuda": {"available": True, "reason": None, "cudnn": 91501},
     "devices": [{"name": H100.name, "memory_bytes": H100.memory_bytes, "capability": [9, 0]}],
-    "attention": {"backends": ["matmul", "cudnn", "flash", "sdpa"], "kernel": "cudnn"},
+    "attention": {
+        "device": AttentionDevice("cuda", (9, 0), 91501, installed=frozenset({"flash", "varlen", "flex"})).to_json(),
+        "kernels": {"cudnn": {"family": "cudnn", "name": "cudnn_generated_fort_native_sdpa_sm90_flash_fprop"}},
+        "broken": {},
+    },
 }
 app = typer.Typer()
 app.command()(doctor)
@@ -255,12 +260,39 @@ def test_a_gpu_that_torch_uses_is_named_with_its_peak() -> None:
     assert "2 x NVIDIA H100" in check.detail and "989 TFLOP/s" in check.detail
 
 
-@pytest.mark.parametrize(("kernel", "level"), [("cudnn", "ok"), ("flash", "warn")])
-def test_on_hopper_the_slow_kernel_is_a_warning(kernel: str, level: str) -> None:
-    facts = GPU_FACTS | {"attention": {"backends": ["matmul", "flash", "sdpa"], "kernel": kernel}}
-    check = machine_checks.check_attention(inspect(replace(CPU, gpus=(H100,)), facts, preset="d12"))
-    assert check.level == level
-    assert kernel in check.detail
+def check_attention(*sets: str, **attention: Any) -> Check:
+    facts = GPU_FACTS | {"attention": GPU_FACTS["attention"] | attention}
+    return machine_checks.check_attention(inspect(replace(CPU, gpus=(H100,)), facts, preset="d12", sets=sets))
+
+
+def test_attention_says_choice_reason_and_the_kernel_that_ran() -> None:
+    check = check_attention()
+    assert check.level == "ok"
+    assert "cudnn: cuDNN's kernel is the fastest on Hopper" in check.detail
+    assert "ran: cudnn (`cudnn_generated" in check.detail
+
+
+def test_attention_warns_when_another_kernel_ran_in_silence() -> None:
+    check = check_attention(kernels={"cudnn": {"family": "flash", "name": "pytorch_flash::flash_fwd_kernel"}})
+    assert check.level == "warn" and check.fix and "LD_LIBRARY_PATH" in check.fix
+    assert "cudnn attention was chosen, but flash" in check.detail
+
+
+def test_attention_warns_of_an_old_cudnn() -> None:
+    old = AttentionDevice("cuda", (9, 0), 91002, installed=frozenset({"flash"})).to_json()
+    check = check_attention(device=old, kernels={"flash": {"family": "flash", "name": "flash_fwd_kernel"}})
+    assert check.level == "warn" and "cuDNN is 9.10.2" in check.detail and check.fix and "torch 2.11" in check.fix
+
+
+def test_attention_that_fails_blocks() -> None:
+    check = check_attention(kernels={}, broken={"cudnn": "no kernel image is available"})
+    assert check.level == "block" and "no kernel image" in check.detail
+
+
+def test_forced_attention_that_is_not_installed_blocks() -> None:
+    check = check_attention("model.attention=fa3")
+    assert check.level == "block" and "flash_attn_interface" in check.detail
+    assert check.fix and "cudnn" in check.fix
 
 
 def test_dtype_says_why_and_warns_where_bf16_is_emulated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,14 +17,17 @@ from typing import Any
 import psutil
 import pytest
 
-from picollm.errors import ConfigError, HostError, Interrupted, WorkerError
+from picollm import hardware, torch_facts
+from picollm.errors import ConfigError, HostError, Interrupted, OutOfMemory, WorkerError
+from picollm.events import read_all
 from picollm.files import sha256_json, write_json
 from picollm.locks import hold_lock
 from picollm.run_dir import RunDir, StageDir
 from picollm_cli import launch
 from picollm_cli.console import Output
 from picollm_cli.launch import run_stage
-from picollm_cli.launch_line import Launch, launch_command, parse_launch
+from picollm_cli.launch_line import Launch, attempt_id, launch_command, launch_commands, parse_launch
+from picollm_cli.prepare import check_launch
 
 HERE = Path(__file__).parent
 Make = Callable[..., StageDir]
@@ -34,13 +38,13 @@ def make_stage(clean_environment: Path, monkeypatch: pytest.MonkeyPatch) -> Make
     """A prepared stage whose worker is `fake_worker`."""
     monkeypatch.setenv("PYTHONPATH", str(HERE))
 
-    def make(behaviour: str = "succeed", *, steps: int = 3, sleep_s: float = 0.0) -> StageDir:
+    def make(
+        behaviour: str = "succeed", *, steps: int = 3, sleep_s: float = 0.0, rows: int = 1, rows_that_fit: int = 0
+    ) -> StageDir:
         stage = RunDir(clean_environment / "runs" / "r").stage("pretrain")
-        recipe = {"behaviour": behaviour, "steps": steps, "sleep_s": sleep_s}
-        write_json(
-            stage.config_path,
-            {"schema": 1, "stage": "pretrain", "recipe": recipe, "runtime": {"threads": 3, "ranks": 1}},
-        )
+        recipe = {"behaviour": behaviour, "steps": steps, "sleep_s": sleep_s, "rows_that_fit": rows_that_fit}
+        runtime = {"threads": 3, "ranks": 1, "device_batch_size": rows}
+        write_json(stage.config_path, {"schema": 1, "stage": "pretrain", "recipe": recipe, "runtime": runtime})
         return stage
 
     return make
@@ -123,6 +127,22 @@ def test_any_other_exception_is_a_worker_error_with_rank_cause_and_log(make_stag
     assert str(stage.log_dir / "attempt_1.log") in str(caught.value.hint)
 
 
+def test_a_stop_is_not_the_error_of_ranks_that_were_started_again(make_stage: Make) -> None:
+    stage = make_stage(steps=2000, sleep_s=0.02)
+
+    def fail_and_stop() -> None:
+        write_json(
+            stage.log_dir / "error.json", {"type": "PicollmError", "message": "old", "cause": None, "hint": None}
+        )
+        time.sleep(0.05)
+        interrupt()
+
+    thread = when(lambda: has_stepped(stage), fail_and_stop)
+    with pytest.raises(Interrupted, match="state saved"):
+        run(stage)
+    thread.join()
+
+
 def test_a_silent_death_names_the_signal(make_stage: Make) -> None:
     with pytest.raises(WorkerError) as caught:
         run(make_stage("killed"))
@@ -136,6 +156,31 @@ def test_a_stale_error_is_not_taken_for_a_new_one(make_stage: Make) -> None:
     stage.stop_path.touch()
     with pytest.raises(WorkerError, match="died"):
         run(stage)
+
+
+def test_out_of_memory_goes_on_with_fewer_rows(make_stage: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = make_stage("out_of_memory", rows=8, rows_that_fit=2)
+    assert run(stage)["result"]["step"] == 3
+    assert [path.name for path in sorted(stage.log_dir.glob("*.log"))] == [f"attempt_{n}.log" for n in (1, 2, 3)]
+    assert "out of memory with 4 rows at a time; started again with 2" in capsys.readouterr().err
+    texts = [event["text"] for event in read_all(stage.run.events_path) if event["kind"] == "note"]
+    assert len(texts) == 2 and "with 8 rows" in texts[0]
+
+
+def test_out_of_memory_ends_when_the_batch_shrinks_no_more(make_stage: Make) -> None:
+    stage = make_stage("out_of_memory_stuck", rows=8)
+    with pytest.raises(OutOfMemory, match="out of memory with 8"):
+        run(stage)
+    assert not (stage.log_dir / "attempt_2.log").exists()
+
+
+def test_a_stop_outlives_a_worker_that_is_just_starting(make_stage: Make) -> None:
+    """It takes the file for one of an earlier attempt and removes it."""
+    stage = make_stage("slow_start", steps=2000, sleep_s=0.02)
+    thread = when(stage.events_path.exists, interrupt)
+    with pytest.raises(Interrupted, match="state saved at step"):
+        run(stage)
+    thread.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -238,11 +283,58 @@ def test_one_process_without_gpu_runs_the_module_itself(make_stage: Make) -> Non
 def test_several_processes_go_through_torchrun(make_stage: Make) -> None:
     stage = make_stage()
     command = launch_command(stage, "m", parse_launch("nproc=2"), has_gpu=False)
-    assert command[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=0"]
+    assert command[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3"]
     assert command[-4:] == ["--standalone", "-m", "m", str(stage.path)]
-    nodes = launch_command(stage, "m", parse_launch("nproc=8,nnodes=2,node_rank=1,rdzv=h:29500"), has_gpu=True)
-    assert {"--nnodes=2", "--node-rank=1", "--rdzv-backend=c10d", "--rdzv-endpoint=h:29500"} <= set(nodes)
-    assert "--standalone" not in nodes
+    alone = launch_command(stage, "m", parse_launch("nproc=1,restarts=1"), has_gpu=False)
+    assert "--max-restarts=1" in alone
+
+
+def test_nodes_meet_at_node_0_whose_ranks_come_first(make_stage: Make) -> None:
+    stage = make_stage()
+    first, second = launch_commands(
+        stage, "m", parse_launch("nproc=8,nnodes=2,rdzv=h-0:29500,restarts=1"), has_gpu=True
+    )
+    shared = {"--nnodes=2", "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-endpoint=h-0:29500"}
+    assert shared | {"--rdzv-id=r-pretrain-1"} <= set(first) & set(second)
+    assert "--standalone" not in first
+    names = [part.partition("=")[2] for command in (first, second) for part in command if "--local-addr" in part]
+    assert names == sorted(names) and names[0] == "h-0"
+    conf = [part.partition("is_host=")[2][0] for command in (first, second) for part in command if "is_host" in part]
+    assert conf == ["1", "0"]
+
+
+def test_no_two_attempts_have_one_name(make_stage: Make) -> None:
+    stage = make_stage()
+    run(stage)
+    assert attempt_id(stage) == "r-pretrain-2"
+    stage.run.move_to_old(["pretrain"])
+    assert attempt_id(make_stage()) == "r-pretrain-2"
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one GPU, and a torch that knows no NCCL."""
+    gpu = hardware.Gpu(0, "NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), "570")
+    machine = dataclasses.replace(hardware.detect(), gpus=(gpu,))
+    monkeypatch.setattr(hardware, "detect", lambda: machine)
+    facts = {"torch": "2.11.0", "distributed": {"gloo": True, "nccl": False}}
+    monkeypatch.setattr(torch_facts, "torch_facts", lambda machine: facts)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_more_processes_than_gpus_are_refused_on_any_node() -> None:
+    for text in ("nproc=2", "nproc=2,nnodes=2,node_rank=1,rdzv=h:1"):
+        with pytest.raises(ConfigError) as caught:
+            check_launch(parse_launch(text))
+        assert "`--launch nproc=1`" in str(caught.value.hint)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_several_gpus_need_nccl() -> None:
+    check_launch(Launch())
+    with pytest.raises(HostError, match="need NCCL") as caught:
+        check_launch(parse_launch("nnodes=2,rdzv=h:1"))
+    assert "torch 2.11.0" in str(caught.value.cause)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +344,9 @@ def test_several_processes_go_through_torchrun(make_stage: Make) -> None:
         ("nproc", "not `key=value`"),
         ("nproc=0", "whole number from 1"),
         ("nproc=two", "whole number from 1"),
+        ("restarts=-1", "whole number from 0"),
         ("nnodes=2", "`rdzv` is missing"),
+        ("nnodes=2,rdzv=h", "node 0's name or address and a free port"),
         ("nnodes=2,node_rank=2,rdzv=h:1", "numbered 0 to 1"),
     ],
 )

@@ -6,15 +6,17 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from picollm.files import sha256_file
-from picollm.run_dir import RunDir
+from picollm.run_dir import RunDir, StageDir
 from picollm.train.checkpoint_files import checkpoint_dir, latest_step
 
 CONFIG = """
@@ -147,9 +149,33 @@ def processes_of() -> Callable[[Path], list[int]]:
 
 
 @pytest.fixture
+def kill_inside_a_save() -> Callable[[StageDir], None]:
+    """kill -9 of a stage's worker while a checkpoint of it is half written."""
+    import psutil
+
+    def kill(stage: StageDir) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if not any(stage.checkpoints.glob("*.tmp")):
+                time.sleep(0.001)
+                continue
+            # It goes on while we look. Stopped, it does not, and what is true then is true when it dies.
+            worker = psutil.Process(int(stage.pid_path.read_text().split()[0]))
+            worker.send_signal(signal.SIGSTOP)
+            while worker.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.001)
+            if any(stage.checkpoints.glob("*.tmp")):
+                worker.kill()
+                return
+            worker.send_signal(signal.SIGCONT)
+        pytest.fail("no save was caught")
+
+    return kill
+
+
+@pytest.fixture
 def wait_for() -> Callable[..., None]:
     """Poll until a condition holds; the test fails after a minute, whatever the machine's speed."""
-    import time
 
     def wait(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -46,18 +47,21 @@ def test_a_finished_run_is_left_as_it_is(reference) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in reference.run_dir("r").path.rglob("*.safetensors")}
 
 
-def test_killed_workers_and_commands_end_at_the_same_weights(lab, reference, wait_for, processes_of) -> None:
-    """kill -9 of the worker and of the command in pretraining, of the worker in SFT; then the same command again."""
+def test_killed_workers_and_commands_end_at_the_same_weights(
+    lab, reference, wait_for, processes_of, kill_inside_a_save
+) -> None:
+    """kill -9 of the worker inside a save, of the command, of the worker in SFT; then the same command again."""
     run = lab.run_dir("r")
     pretrain, sft = run.stage("pretrain"), run.stage("sft")
     command = lab.speedrun("r")
 
     first = lab.start(*command)
-    wait_for(lambda: steps_done(pretrain) >= 12, "12 steps of pretraining")
-    os.kill(int(pretrain.pid_path.read_text().split()[0]), signal.SIGKILL)
+    wait_for(lambda: steps_done(pretrain) >= 7, "7 steps of pretraining")
+    kill_inside_a_save(pretrain)
     _, error = first.communicate(timeout=60)
     assert first.returncode == 7, error
     assert "SIGKILL" in error
+    assert len(list(pretrain.checkpoints.glob("*.tmp"))) == 1
 
     second = lab.start(*command)
     wait_for(lambda: steps_done(pretrain) >= 25 and len(resumes(pretrain)) == 2, "a resumed pretraining")
@@ -71,6 +75,7 @@ def test_killed_workers_and_commands_end_at_the_same_weights(lab, reference, wai
 
     lab.ok(*command)
     assert any(start > 0 for start in resumes(pretrain)) and any(start > 0 for start in resumes(sft))
+    assert not list(pretrain.checkpoints.glob("*.tmp"))
     for stage in ("pretrain", "sft"):
         assert lab.weights("r", stage) == reference.weights("r", stage)
     assert not processes_of(lab.base)
@@ -92,20 +97,43 @@ def test_ctrl_c_and_sigterm_save_first(lab, reference, wait_for, number: signal.
     assert lab.weights("r", "pretrain") == reference.weights("r", "pretrain")
 
 
-def test_two_ranks_follow_one(lab, processes_of) -> None:
-    """Gradients are really shared: float64, 50 steps, 1e-8; and the two ranks' rows are the one rank's."""
-    sets = ("--set", "train.dtype=float64", "--set", "train.steps=50")
+def go_back(stage: StageDir, step: int) -> None:
+    """Make a finished stage one that was interrupted after a step."""
+    stage.record_path.unlink()
+    for later in (saved for saved in stage.finished_steps() if saved > step):
+        shutil.rmtree(checkpoint_dir(stage, later))
+
+
+def test_any_number_of_ranks_follows_one(lab, processes_of) -> None:
+    """Gradients are really shared, and so is the state: float64, 50 steps, 1e-8, on 2 ranks and on 2, then 1, then 2.
+
+    The rows that two ranks draw together are the one rank's.
+    """
+    sets = ("--set", "train.dtype=float64", "--set", "train.steps=50", "--set", "train.keep_last=9")
     lab.ok(*lab.speedrun("one", *sets, "--skip", "sft", "--skip", "eval"))
     lab.ok(*lab.speedrun("two", *sets, "--skip", "sft", "--skip", "eval", "--launch", "nproc=2"))
-    weights, losses = {}, {}
-    for name in ("one", "two"):
-        stage = lab.run_dir(name).stage("pretrain")
-        weights[name] = load_file(checkpoint_dir(stage, 50) / "model.safetensors")
-        losses[name] = [event["loss"] for event in read_events(stage.events_path) if event["kind"] == "step"]
-    assert json.loads((lab.run_dir("two").stage("pretrain").config_path).read_text())["runtime"]["ranks"] == 2
-    for name, tensor in weights["one"].items():
-        torch.testing.assert_close(weights["two"][name], tensor, rtol=0, atol=1e-8)
-    assert max(abs(a - b) for a, b in zip(losses["one"], losses["two"], strict=True)) <= 1e-6
+    one, two = (lab.run_dir(name).stage("pretrain") for name in ("one", "two"))
+    assert json.loads(two.config_path.read_text())["runtime"]["ranks"] == 2
+
+    def follow() -> None:
+        wanted = load_file(checkpoint_dir(one, 50) / "model.safetensors")
+        found = load_file(checkpoint_dir(two, 50) / "model.safetensors")
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-8)
+        losses = [
+            [event["loss"] for event in read_events(stage.events_path) if event["kind"] == "step"]
+            for stage in (one, two)
+        ]
+        assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= 1e-6
+
+    follow()
+    for step, ranks in ((20, 1), (40, 2)):
+        go_back(two, step)
+        lab.ok("pretrain", "--run", "two", "--launch", f"nproc={ranks}")
+        written = {path.name for path in (checkpoint_dir(two, 50) / "state").glob("rank_*")}
+        assert written == {f"rank_{rank}-of-{ranks}.safetensors" for rank in range(ranks)}
+        follow()
+    assert resumes(two) == [0, 20, 40]
     assert not processes_of(lab.base)
 
 

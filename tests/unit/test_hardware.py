@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from picollm import hardware
-from picollm.hardware import Gpu, Machine, compute_dtype, cpu_matmul_flops, default_threads, gpu_spec, parse_cpuinfo
+from picollm import gpu_specs, hardware
+from picollm.gpu_specs import gpu_spec
+from picollm.hardware import Gpu, Machine, compute_dtype, cpu_matmul_flops, default_threads, parse_cpuinfo
 
 X86 = """\
 processor\t: 0
@@ -124,7 +125,15 @@ def test_cpu_flags_decide_the_dtype(machine: Machine, flags: set[str], dtype: st
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16"), ((12, 0), "bfloat16")]
+    ("capability", "dtype"),
+    [
+        ((6, 1), "float32"),
+        ((7, 0), "float16"),
+        ((7, 5), "float16"),
+        ((8, 0), "bfloat16"),
+        ((9, 0), "bfloat16"),
+        ((12, 0), "bfloat16"),
+    ],
 )
 def test_gpus_decide_before_the_cpu(machine: Machine, capability: tuple[int, int], dtype: str) -> None:
     with_gpu = replace(machine, gpus=(a_gpu(capability),), cpu_flags=frozenset({"amx_bf16"}))
@@ -132,7 +141,14 @@ def test_gpus_decide_before_the_cpu(machine: Machine, capability: tuple[int, int
 
 
 def test_the_weakest_gpu_decides(machine: Machine) -> None:
-    assert compute_dtype(replace(machine, gpus=(a_gpu((9, 0)), a_gpu((7, 0)))))[0] == "float32"
+    assert compute_dtype(replace(machine, gpus=(a_gpu((9, 0)), a_gpu((7, 0)))))[0] == "float16"
+    assert compute_dtype(replace(machine, gpus=(a_gpu((9, 0)), a_gpu((6, 0)))))[0] == "float32"
+
+
+@pytest.mark.parametrize(("capability", "can"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_fp8_needs_its_tensor_cores_on_every_gpu(machine: Machine, capability: tuple[int, int], can: bool) -> None:
+    assert hardware.can_multiply_fp8(replace(machine, gpus=(a_gpu((9, 0)), a_gpu(capability)))) == can
+    assert hardware.can_multiply_fp8(machine)  # a CPU imitates it
 
 
 def test_threads_are_physical_cores_shared_by_ranks(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +259,17 @@ def test_a_failing_driver_means_no_gpus(monkeypatch: pytest.MonkeyPatch, broken:
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA RTX PRO 6000 Blackwell", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
+        ("NVIDIA GB300", "GB300"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA H800", "H800"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("NVIDIA GeForce RTX 5090 D", None),
+        ("Tesla V100-SXM2-32GB", "V100"),
         ("", None),
     ],
 )
@@ -253,14 +279,36 @@ def test_driver_names_find_their_data_sheet(name: str, spec: str | None) -> None
 
 
 def test_data_sheets_are_consistent() -> None:
-    for _, spec in hardware._GPUS:
+    for _, spec in gpu_specs._GPUS:
         assert spec.usd_per_hour > 0
         assert spec.peak_flops("float32") == spec.fp32_flops
         # Chips without bfloat16 have no fp8 either; where there is both, fp8 is twice as fast.
         if spec.bf16_flops is None:
             assert spec.fp8_flops is None and spec.peak_flops("bfloat16") == spec.fp32_flops
-        elif spec.fp8_flops is not None:
+            assert spec.peak_flops("float16") == spec.fp16_flops > spec.fp32_flops
+        else:
+            assert spec.fp16_flops is None and spec.peak_flops("float16") == spec.bf16_flops > spec.fp32_flops
+        if spec.fp8_flops is not None:
             assert spec.fp8_flops == pytest.approx(2 * spec.bf16_flops, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp8"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 1979),
+        ("NVIDIA H200", 989, 1979),
+        ("NVIDIA B200", 2250, 4500),
+        ("NVIDIA A100-SXM4-80GB", 312, None),
+        ("NVIDIA L40S", 362, 733),
+        ("NVIDIA GeForce RTX 4090", 165, 330),
+        ("NVIDIA GeForce RTX 5090", 209, 419),
+        ("AMD Instinct MI300X", 1307, 2615),
+    ],
+)
+def test_dense_peaks_of_the_data_sheets(name: str, bf16: float, fp8: float | None) -> None:
+    spec = gpu_spec(name)
+    assert spec.bf16_flops == bf16 * 1e12
+    assert spec.fp8_flops == (fp8 and fp8 * 1e12)
 
 
 def test_cpu_rates_rise_with_the_instruction_set(machine: Machine) -> None:

@@ -22,31 +22,45 @@ ALLOWED: dict[str, frozenset[str]] = {
     "attention_choice": frozenset({"errors"}),
     "cgroups": frozenset(),
     "hardware": frozenset({"cgroups"}),
+    "gpu_specs": frozenset(),
     "scaling": frozenset({"config", "errors"}),
-    "estimate": frozenset({"config", "hardware", "scaling"}),
-    "recipes": frozenset({"attention_choice", "config", "errors", "estimate", "hardware", "scaling"}),
-    "plan": frozenset({"attention_choice", "config", "estimate", "hardware", "recipes", "scaling"}),
+    "rates": frozenset({"config", "errors", "scaling"}),
+    "memory": frozenset({"attention_choice", "config", "scaling"}),
+    "estimate": frozenset({"config", "gpu_specs", "hardware", "memory", "scaling"}),
+    "recipes": frozenset({"config", "errors", "hardware", "rates", "scaling"}),
+    "runtimes": frozenset({"attention_choice", "config", "errors", "hardware", "memory", "rates", "units"}),
+    "plan": frozenset(
+        {"attention_choice", "config", "estimate", "hardware", "rates", "recipes", "runtimes", "scaling"}
+    ),
     "torch_facts": frozenset({"errors", "files", "hardware", "run_dir", "__init__"}),
     "manifest": frozenset({"errors", "files", "run_dir", "__init__"}),
     "report": frozenset(
         {"config", "errors", "events", "files", "run_dir", "scaling", "train.checkpoint_files", "units"}
     ),
     "data": frozenset({"errors", "files", "hardware", "locks", "run_dir", "units", "__init__"}),
-    "tokenizer": frozenset({"config", "data", "errors", "files", "run_dir"}),
-    "model": frozenset({"config"}),
+    "tokenizer": frozenset({"config", "data", "errors", "files", "locks", "run_dir"}),
+    "model": frozenset({"attention_choice", "config"}),
     "optim": frozenset({"config"}),
-    "train": SPINE | {"data", "model", "optim", "scaling", "worker"},
+    "bench": frozenset(
+        {"attention_choice", "config", "data.prefetch", "errors", "memory", "model", "scaling", "train"}
+    ),
+    "train": SPINE | {"attention_choice", "data", "gpu_specs", "model", "optim", "scaling", "worker"},
     "worker": frozenset({"errors", "events", "locks", "run_dir", "train.distributed"}),
     "generate": frozenset({"data.conversations", "errors", "model", "run_dir", "tokenizer", "train.checkpoint"}),
     "evaluate": frozenset({"data", "errors", "generate", "model", "tokenizer"}),
     "stages": SPINE
-    | {"attention_choice", "data", "evaluate", "generate", "model", "optim", "plan", "tokenizer", "train", "worker"},
+    | {"attention_choice", "bench", "data", "evaluate", "generate", "model", "optim", "plan", "tokenizer", "train"}
+    | {"worker"},
     "__init__": frozenset(),
 }
 # What may load torch just by being imported; mirrors the exceptions in picollm/ruff.toml.
 TORCH_ROOMS = ("model", "optim", "generate", "evaluate")
 TORCH_MODULES = frozenset(
-    [f"picollm.train.{name}" for name in ("loop", "checkpoint", "distributed", "metrics")]
+    [
+        f"picollm.train.{name}"
+        for name in "loop loss_scale step checkpoint checkpoint_saver checkpoint_tensors distributed metrics".split()
+    ]
+    + [f"picollm.bench.{name}" for name in ("gpu_probe", "kernels", "profiling", "steps", "timing", "training")]
     + [f"picollm.stages.{name}" for name in ("training", "pretrain", "sft", "eval")]
 )
 # What the desk may not load before it knows what is wanted; jaxtyping comes with the model's files.

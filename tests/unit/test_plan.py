@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
-from picollm import estimate, plan, recipes, scaling
+from picollm import estimate, plan, rates, runtimes
 from picollm.attention_choice import AttentionDevice
 from picollm.config.presets import PRESETS
 from picollm.config.recipe import Source
@@ -24,6 +25,7 @@ H200 = Machine(
     "Linux", "cpu", frozenset({"avx2"}), 16, 16, 128 * GIB, 120 * GIB,
     (Gpu(0, "NVIDIA H200", 140 * GIB, (9, 0), "570.1"),),
 )  # fmt: skip
+H200_NODE = replace(H200, gpus=tuple(replace(H200.gpus[0], index=i) for i in range(8)))
 DATA = (Source(dataset="toy-world", sha256="d" * 64),)
 
 
@@ -42,125 +44,108 @@ def recipe(cfg: RunConfig, machine: Machine = LAPTOP):
     )
 
 
-# depth, width, heads, P in M, batch, rate factor, decay at ratio 8 by nanochat, AdamW factor, steps at 8 and 12
-FACTS_2_1 = [
-    (4, 256, 4, 11.5, 262144, 0.707, 1.890, 1.732, 352, 528),
-    (6, 384, 6, 23.2, 262144, 0.707, 0.940, 1.414, 708, 1062),
-    (8, 512, 4, 41.9, 262144, 0.707, 0.520, 1.225, 1280, 1920),
-    (12, 768, 6, 110.1, 524288, 1.0, 0.280, 1.0, 1680, 2520),
-    (16, 1024, 8, 234.9, 524288, 1.0, 0.131, 0.866, 3584, 5376),
-    (20, 1280, 10, 435.2, 1048576, 1.414, 0.100, 0.775, 3320, 4980),
-    (24, 1536, 12, 729.8, 1048576, 1.414, 0.060, 0.707, 5568, 8352),
-    (26, 1664, 13, 918.4, 1048576, 1.414, 0.048, 0.679, 7007, 10510),
-    (32, 2048, 16, 1677.7, 2097152, 2.0, 0.037, 0.612, 6400, 9600),
-]
-
-
-@pytest.mark.parametrize("row", FACTS_2_1, ids=lambda row: f"d{row[0]}")
-def test_numbers_from_depth(row):
-    depth, width, heads, scaling_m, batch, factor, decay, adam, *steps = row
-    for ratio, expected in zip((8, 12), steps, strict=True):
-        cfg = config(f"model.depth={depth}", f"train.ratio={ratio}")
-        arch = plan.architecture(cfg)
-        horizon = scaling.pretrain_horizon(cfg, arch)
-        assert (arch.hidden_size, arch.num_attention_heads) == (width, heads)
-        assert arch.intermediate_size == 4 * width and arch.num_hidden_layers == depth
-        assert plan.num_params(arch).scaling / 1e6 == pytest.approx(scaling_m, abs=0.05)
-        assert (horizon.batch_tokens, horizon.steps) == (batch, expected)
-        assert scaling.batch_lr_factor(batch) == pytest.approx(max(0.8, factor), abs=1e-3)
-        assert scaling.width_lr_factor(width) == pytest.approx(adam, abs=1e-3)
-        # nanochat's rate has no floor, so compare the formula at nanochat's rate
-        ours = scaling.weight_decay(expected, 0.02 * factor, ratio)
-        assert ours == pytest.approx(
-            0.28 * factor * scaling.reference_tokens(ratio, 32768) / (ratio * scaling_m * 1e6), rel=0.01
-        )
-        assert ours == pytest.approx(decay, rel=0.01, abs=0.0006)
-
-
-# depth, parameters, MFLOP a token, the same causal (GPU.md 1.1)
-@pytest.mark.parametrize(
-    ("depth", "total", "mflops", "causal"),
-    [
-        (12, 135_266_316, 887, 774),
-        (20, 477_102_100, 3240, 2926),
-        (22, 615_645_206, 4178, 3798),
-        (24, 780_140_568, 5285, 4832),
-    ],
-)
-def test_portable_totals(depth, total, mflops, causal):
-    arch = plan.architecture(config(f"model.depth={depth}"))
-    params = plan.num_params(arch)
-    assert params.total == total
-    assert params.scalars == depth and params.embedding == params.head == 32768 * arch.hidden_size
-    assert plan.flops_per_token(arch) / 1e6 == pytest.approx(mflops, abs=0.6)
-    assert plan.causal_flops_per_token(arch) / 1e6 == pytest.approx(causal, abs=0.6)
-
-
-def test_params_match_the_model():
-    from picollm.model.gpt import GPT
-
-    cfg = config(
-        "model.hidden_size=64", "model.num_hidden_layers=3", "model.head_dim=16", "model.num_key_value_heads=2",
-        "model.intermediate_size=96", "tokenizer.vocab_size=300",
-    )  # fmt: skip
-    arch = plan.architecture(cfg)
-    assert plan.num_params(arch).total == sum(p.numel() for p in GPT(arch).parameters())
-    assert arch.padded_vocab_size == 320
-
-
-def test_logits_chunk_is_the_models():
-    from picollm.model import functional
-
-    assert estimate.LOGITS_PER_CHUNK == functional.LOGITS_PER_CHUNK
-
-
 @pytest.mark.parametrize("steps", [1, 20, 120, 360, 2520, 50_000])
 def test_automatic_batch_for_steps_agrees_with_the_rule_for_tokens(steps):
-    reference = scaling.reference_tokens(12, 32768)
-    batch = scaling.auto_batch_tokens_for_steps(steps, reference)
-    assert batch == scaling.auto_batch_tokens(steps * batch, reference)
+    reference = rates.reference_tokens(12, 32768)
+    batch = rates.auto_batch_tokens_for_steps(steps, reference)
+    assert batch == rates.auto_batch_tokens(steps * batch, reference)
 
 
 def test_automatic_batch_is_a_multiple_of_odd_rows():
     cfg = config("model.max_position_embeddings=1000", "train.steps=50")
-    assert scaling.pretrain_horizon(cfg, plan.architecture(cfg)).batch_tokens % 1000 == 0
+    assert rates.pretrain_horizon(cfg, plan.architecture(cfg)).batch_tokens % 1000 == 0
 
 
 def test_demo_rates():
-    rates = recipe(config(preset="demo")).rates
-    assert rates.matrix_lr == pytest.approx(0.02)
-    assert rates.embedding_lr == pytest.approx(0.05, rel=0.01)
-    assert rates.unembedding_lr == pytest.approx(0.004, rel=0.01)
+    found = recipe(config(preset="demo")).rates
+    assert found.matrix_lr == pytest.approx(0.02)
+    assert found.embedding_lr == pytest.approx(0.05, rel=0.01)
+    assert found.unembedding_lr == pytest.approx(0.004, rel=0.01)
+    assert (found.value_embedding_lr, found.x0_lr, found.gate_lr) == (0, 0, 0)
     # the whole run decays by as much as a long one: rate x decay x steps is the timescale
-    assert rates.matrix_lr * rates.weight_decay * 140 == pytest.approx(1 / 0.0709, rel=1e-4)
+    assert found.matrix_lr * found.weight_decay * 140 == pytest.approx(1 / 0.0709, rel=1e-4)
     assert recipe(config("train.weight_decay=false", preset="demo")).rates.weight_decay == 0
 
 
 def test_adam_rates_follow_width_and_all_follow_batch():
-    small = recipe(config("train.batch_tokens=524288", "model.depth=12")).rates
-    large = recipe(config("train.batch_tokens=2097152", "model.depth=12")).rates
-    wide = recipe(config("train.batch_tokens=524288", "model.depth=48")).rates
-    for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"):
-        assert getattr(large, name) == pytest.approx(2 * getattr(small, name))
-    assert wide.embedding_lr == pytest.approx(small.embedding_lr / 2)
-    assert wide.unembedding_lr == pytest.approx(small.unembedding_lr / 2)
-    assert (wide.matrix_lr, wide.scalar_lr) == (small.matrix_lr, small.scalar_lr)
+    def of(batch: int, depth: int):
+        steps = ["train.steps=2000", f"train.batch_tokens={batch}"]
+        return recipe(config(*steps, f"model.depth={depth}", "model.arch=full")).rates
+
+    small, large, wide = of(524288, 12), of(2097152, 12), of(524288, 48)
+    for name in type(small).model_fields:
+        if name != "weight_decay":
+            assert getattr(large, name) == pytest.approx(2 * getattr(small, name)), name
+    for name in ("embedding_lr", "unembedding_lr", "value_embedding_lr"):
+        assert getattr(wide, name) == pytest.approx(getattr(small, name) / 2)
+    for name in ("matrix_lr", "scalar_lr", "x0_lr", "gate_lr"):
+        assert getattr(wide, name) == getattr(small, name)
+    assert small.value_embedding_lr == small.embedding_lr / 2
+    assert (small.x0_lr, small.gate_lr) == (0.5, 0.2)
+
+
+@pytest.mark.parametrize(("tokens", "factor"), [(1, 0.1), (1_230_000, 0.111), (25e6, 0.5), (1e8, 1), (1e10, 1)])
+def test_short_runs_take_a_tenth_of_the_rates_of_x0_and_gates(tokens, factor):
+    assert rates.short_run_factor(tokens) == pytest.approx(factor, abs=1e-3)
+
+
+def test_short_run_rates_reach_the_recipe_and_the_batch_factor_has_a_floor():
+    found = recipe(config("model.arch=full", preset="cpu-small")).rates  # 360 steps of 4 096 tokens
+    assert found.x0_lr == pytest.approx(0.5 * 0.8 * math.sqrt(360 * 4096 / 1e8), rel=1e-4)
+    assert found.gate_lr == pytest.approx(0.2 * 0.8 * math.sqrt(360 * 4096 / 1e8), rel=1e-4)
+    assert found.matrix_lr == pytest.approx(0.04 * 0.8) and rates.batch_lr_factor(4096) == 0.8
+
+
+@pytest.mark.parametrize("flops", [1e15, 1e17, 4.33e19])
+@pytest.mark.parametrize("arch", ["portable", "full"])
+def test_a_horizon_in_flops_uses_its_real_tokens(flops, arch):
+    cfg = config(f"train.target_flops={flops}", "train.ratio=100", f"model.arch={arch}", "model.depth=6")
+    shape = plan.architecture(cfg)
+    horizon = rates.pretrain_horizon(cfg, shape)
+    per_step = plan.flops_per_token(shape) * horizon.batch_tokens
+    assert horizon.steps == max(1, int(flops // per_step))
+    reference = rates.reference_tokens(12, 32768)  # not the ratio's, which does not count here
+    assert horizon.batch_tokens == rates.auto_batch_tokens(flops / plan.flops_per_token(shape), reference)
+    assert horizon.batch_tokens == rates.auto_batch_tokens(horizon.tokens, reference)
+    # the same steps and batch, asked for as such, are the same run
+    asked = [f"train.steps={horizon.steps}", f"train.batch_tokens={horizon.batch_tokens}"]
+    again = config(*asked, f"model.arch={arch}", "model.depth=6")
+    assert rates.pretrain_horizon(again, shape) == horizon
+    assert recipe(again).rates == recipe(cfg).rates
+
+
+def test_steps_win_over_flops_and_flops_over_the_ratio():
+    both = config("train.steps=7", "train.target_flops=1e18", "model.depth=4")
+    assert rates.pretrain_horizon(both, plan.architecture(both)).steps == 7
+    batch = "train.batch_tokens=65536"
+    by_ratio, by_flops = config(batch, "model.depth=4"), config(batch, "model.depth=4", "train.target_flops=1e16")
+    shape = plan.architecture(by_ratio)
+    assert rates.pretrain_horizon(by_flops, shape).steps == int(1e16 / (plan.flops_per_token(shape) * 65536))
+    assert rates.pretrain_horizon(by_ratio, shape).steps == int(12 * plan.num_params(shape).scaling / 65536)
+
+
+def test_sft_scales_every_rate():
+    pretrain = recipe(config("model.arch=full", preset="d12")).rates
+    found = rates.sft_rates(pretrain, 0.5)
+    for name in type(pretrain).model_fields:
+        expected = 0 if name == "weight_decay" else getattr(pretrain, name) / 2
+        assert getattr(found, name) == pytest.approx(expected, rel=1e-5), name
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 49, 120, 360, 2520, 100_000])
 def test_schedules_fit_their_run(steps):
-    for schedule in (scaling.pretrain_schedule(steps), scaling.sft_schedule(steps)):
+    for schedule in (rates.pretrain_schedule(steps), rates.sft_schedule(steps)):
         assert schedule.warmup_steps + schedule.warmdown_steps <= steps
         assert schedule.momentum_ramp_steps + schedule.warmdown_steps <= steps
         assert schedule.momentum_ramp_steps <= max(0.2 * steps, 0)
-    pretrain = scaling.pretrain_schedule(steps)
+    pretrain = rates.pretrain_schedule(steps)
     assert 1 <= pretrain.warmup_steps <= 40
     assert pretrain.warmup_steps <= math.ceil(0.02 * steps)
-    assert scaling.sft_schedule(steps).warmup_steps <= 0.02 * steps
+    assert rates.sft_schedule(steps).warmup_steps <= 0.02 * steps
 
 
 def test_schedule_of_a_long_run():
-    schedule = scaling.pretrain_schedule(10_000)
+    schedule = rates.pretrain_schedule(10_000)
     assert (schedule.warmup_steps, schedule.warmdown_steps, schedule.momentum_ramp_steps) == (40, 6500, 400)
     assert (schedule.momentum_start, schedule.momentum_peak, schedule.momentum_end) == (0.85, 0.97, 0.90)
     assert schedule.final_lr_fraction == 0.05
@@ -206,7 +191,8 @@ def test_forced_dtype_gives_the_same_recipe_everywhere():
     ("device", "dtype", "row", "requested", "name"),
     [
         ("cpu", "bfloat16", 256, "auto", "matmul"),
-        ("cpu", "bfloat16", 513, "auto", "sdpa"),
+        ("cpu", "bfloat16", 2049, "auto", "sdpa"),
+        ("cpu", "float32", 513, "auto", "sdpa"),
         ("cpu", "float32", 128, "auto", "matmul"),
         ("cuda", "bfloat16", 128, "auto", "sdpa"),
         ("cpu", "float32", 2048, "matmul", "matmul"),
@@ -231,7 +217,7 @@ def test_runtime_on_cpu():
 
 @pytest.mark.parametrize(("steps", "every"), [(1, 10), (120, 10), (480, 24), (5000, 250), (100_000, 1000)])
 def test_checkpoint_cadence(steps, every):
-    assert recipes.checkpoint_cadence(steps) == every
+    assert runtimes.checkpoint_cadence(steps) == every
 
 
 def test_device_batch_shrinks_with_memory_and_divides_the_rows():
@@ -354,21 +340,8 @@ def test_price_and_ranks():
     assert laptop.money_usd == pytest.approx(laptop.time_s / 3600)
     pretrain = {s.name: s for s in one.stages}["pretrain"]
     assert pretrain.tokens == 2520 * 524288
-    eight = {s.name: s for s in plan.make_plan(cfg, H200, ranks=8).stages}["pretrain"]
+    eight = {s.name: s for s in plan.make_plan(cfg, H200_NODE, ranks=8).stages}["pretrain"]
     assert eight.time_s < pretrain.time_s / 6
-
-
-def test_memory_counts_every_holder():
-    arch = plan.architecture(config(preset="cpu-small"))
-    small = estimate.training_memory(arch, "float32", 1, "cpu", "sdpa")
-    large = estimate.training_memory(arch, "float32", 8, "cpu", "sdpa")
-    half = estimate.training_memory(arch, "bfloat16", 8, "cpu", "sdpa")
-    matmul = estimate.training_memory(arch, "bfloat16", 8, "cpu", "matmul")
-    assert small.weights == small.gradients == 4 * plan.num_params(arch).total
-    assert large.activations == pytest.approx(8 * small.activations, rel=1e-6)
-    assert half.activations < large.activations < 2 * half.activations
-    assert half.compute_copy > 0 == large.compute_copy
-    assert matmul.activations > half.activations
 
 
 def test_known_dataset_needs_no_room():
@@ -380,3 +353,135 @@ def test_known_dataset_needs_no_room():
 def test_exports_name_what_quantisation_needs():
     assert "K-quants" in plan.exports(plan.architecture(config(preset="demo")))["gguf"].reason
     assert "K-quants" not in plan.exports(plan.architecture(config(preset="d12")))["gguf"].reason
+
+
+def test_exports_name_the_features_that_block_them():
+    found = plan.exports(plan.architecture(config("model.arch=full", preset="d12")))
+    for name in ("gguf", "transformers"):
+        assert not found[name].possible
+        for key in ("window_pattern", "logit_softcap", "value_embeddings", "x0_scalars", "smear", "backout"):
+            assert f"`model.{key}" in found[name].reason
+    # computed from features: the name alone blocks nothing, and one feature blocks alone
+    off = [f"model.{key}=false" for key in ("value_embeddings", "x0_scalars", "smear", "backout")]
+    windows = plan.architecture(config("model.arch=full", *off, preset="d12"))
+    assert "model.window_pattern" in plan.exports(windows)["gguf"].reason
+    only = plan.exports(plan.architecture(config("model.smear=true", preset="d12")))["gguf"]
+    assert not only.possible and "smear" in only.reason and "backout" not in only.reason
+
+
+# -- precision --------------------------------------------------------------------------------------------------------
+
+
+def gpus(capability: tuple[int, int], gib: int = 80, count: int = 1) -> Machine:
+    return replace(H200, gpus=tuple(Gpu(i, "GPU", gib * GIB, capability, "570.1") for i in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("machine", "sets", "fp8", "because"),
+    [
+        (gpus((9, 0)), ["model.depth=24"], True, "wide enough"),
+        (gpus((10, 0)), ["model.depth=32"], True, "wide enough"),
+        (gpus((9, 0)), ["model.depth=12"], False, "below a width of 1536"),
+        (gpus((8, 9)), ["model.depth=24"], False, "`train.fp8=true` tries it"),
+        (gpus((12, 0)), ["model.depth=24"], False, "`train.fp8=true` tries it"),
+        (gpus((8, 0)), ["model.depth=24"], False, "no 8-bit tensor cores"),
+        (gpus((9, 0)), ["model.depth=24", "train.dtype=float32"], False, "go with bfloat16"),
+        (LAPTOP, ["model.depth=24"], False, "GPUs alone"),
+        (gpus((8, 9)), ["train.fp8=true"], True, "asks for it"),
+        (gpus((9, 0)), ["model.depth=24", "train.fp8=false"], False, "forbids it"),
+        (AMX, ["train.fp8=true"], True, "a CPU imitates it"),
+    ],
+)
+def test_fp8_is_chosen_by_gpu_and_width(machine, sets, fp8, because):
+    found = recipe(config(*sets), machine)
+    assert found.fp8 is fp8 and because in found.fp8_reason
+
+
+@pytest.mark.parametrize(
+    ("machine", "sets", "words"),
+    [
+        (gpus((8, 0)), [], ["`train.fp8` (true)", "8.0", "begin at 8.9", "train.fp8=false"]),
+        (gpus((9, 0)), ["train.dtype=float16"], ["`train.dtype` (float16)", "train.dtype=bfloat16"]),
+        (LAPTOP, [], ["`train.dtype` (float32)", "train.dtype=bfloat16"]),
+    ],
+)
+def test_fp8_that_cannot_be_had(machine, sets, words):
+    with pytest.raises(ConfigError) as caught:
+        recipe(config("train.fp8=true", *sets), machine)
+    text = f"{caught.value.message} {caught.value.cause} {caught.value.hint}"
+    assert all(word in text for word in words), text
+
+
+def test_sft_keeps_fp8_where_the_machine_can():
+    cfg = config(preset="d24")
+    pretrain = recipe(cfg, H200)
+    there = plan.sft_recipe(cfg, H200, pretrain, data=DATA, init_from="w", num_tokens=1)
+    elsewhere = plan.sft_recipe(cfg, gpus((8, 0)), pretrain, data=DATA, init_from="w", num_tokens=1)
+    assert (there.fp8, there.fp8_reason) == (True, "as in pretraining")
+    assert not elsewhere.fp8 and "no 8-bit tensor cores" in elsewhere.fp8_reason
+
+
+# -- memory and ranks -------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_computed_twice_only_where_not_one_row_fits():
+    long = ["model.max_position_embeddings=16384"]
+    cfg = config(*long, preset="d24")
+    kept = runtimes.fit(cfg, gpus((9, 0), 80), recipe(cfg, H200))
+    assert not kept.activation_checkpointing
+    small = gpus((9, 0), 32)
+    tight = runtimes.fit(cfg, small, recipe(cfg, small))
+    assert tight.activation_checkpointing and "computed twice" in tight.reason
+    for forced, fitted in ((True, kept), (False, tight)):
+        asked = config(*long, f"train.activation_checkpointing={str(forced).lower()}", preset="d24")
+        machine = gpus((9, 0), 80) if forced else small
+        found = runtimes.fit(asked, machine, recipe(asked, machine))
+        assert found.activation_checkpointing is forced is not fitted.activation_checkpointing
+    assert plan.train_runtime(cfg, small, recipe(cfg, small)).activation_checkpointing
+
+
+def test_as_few_passes_as_fit():
+    cfg = config(preset="d20")
+    found = recipe(cfg, H200)
+    fitted = runtimes.fit(cfg, H200, found)
+    room = runtimes.memory_room(H200)
+    assert fitted.rows * fitted.passes * 2048 == found.batch_tokens and fitted.memory.total <= room
+    assert fitted.rows * 2048 <= runtimes.GPU_MICRO_BATCH_TOKENS
+    asked = config(f"train.device_batch_size={2 * fitted.rows}", preset="d20")
+    beyond = runtimes.fit(asked, H200, found)
+    assert beyond.memory.total > room or 2 * fitted.rows * 2048 > runtimes.GPU_MICRO_BATCH_TOKENS
+    node = runtimes.fit(cfg, H200_NODE, found, ranks=8)
+    assert node.passes * 8 <= fitted.passes and node.memory.optimizer < fitted.memory.optimizer / 7
+
+
+def test_a_model_that_does_not_fit_says_so():
+    cfg = config("train.activation_checkpointing=false", preset="d32")
+    tiny = gpus((9, 0), 8)
+    found = runtimes.fit(cfg, tiny, recipe(cfg, tiny))
+    assert found.rows == 1 and "not to fit" in found.reason and found.memory.total > runtimes.memory_room(tiny)
+
+
+def test_more_ranks_than_gpus():
+    plan.check_ranks(H200_NODE, 8)
+    plan.check_ranks(LAPTOP, 8)  # cores are shared
+    for machine, ranks, there in ((H200, 2, 1), (H200_NODE, 16, 8)):
+        with pytest.raises(ConfigError) as caught:
+            plan.check_ranks(machine, ranks)
+        assert f"nproc={ranks}" in caught.value.message and f"nproc={there}" in caught.value.hint
+    with pytest.raises(ConfigError, match="more processes than there are GPUs"):
+        plan.make_plan(config(preset="d12"), H200, ranks=2)
+    two_nodes = plan.make_plan(config(preset="d12"), H200_NODE, ranks=16, ranks_per_node=8)
+    assert two_nodes.threads == 2 and two_nodes.fit.rows * two_nodes.fit.passes == 16
+
+
+def test_forced_attention_that_cannot_work_is_refused_before_the_run():
+    with pytest.raises(ConfigError, match=r"model\.attention=fa3"):
+        plan.make_plan(config("model.attention=fa3", preset="d12"), gpus((8, 0)))
+    with pytest.raises(ConfigError, match=r"model\.attention=flex"):
+        plan.make_plan(config("model.attention=flex", preset="demo"), LAPTOP)
+    assert plan.make_plan(config("model.attention=fa3", preset="d12"), H200).attention == "fa3"
+
+
+def test_old_gpus_train_in_float16():
+    found = plan.make_plan(config(preset="d12"), gpus((7, 0), 32))
+    assert found.dtype == "float16" and "scaled" in found.recipe.dtype_reason and not found.recipe.fp8

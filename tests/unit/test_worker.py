@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from picollm import worker as worker_module
-from picollm.errors import Interrupted, OutOfMemory, PicollmError
+from picollm.errors import ConfigError, Diverged, IntegrityError, Interrupted, OutOfMemory, PicollmError
 from picollm.events import read_all
 from picollm.files import write_json
 from picollm.run_dir import StageDir, run_named
@@ -53,10 +54,9 @@ def worker(stage: StageDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]
         signal.signal(number, handler)
 
 
-def ended(stage: StageDir, body: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", STAGE.format(body=body), stage.path], capture_output=True, text=True, timeout=60
-    )
+def ended(stage: StageDir, body: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", STAGE.format(body=body), stage.path]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=60)
 
 
 # -- when to stop -----------------------------------------------------------------------------------------------------
@@ -99,6 +99,48 @@ def test_a_launcher_that_is_gone_stops(worker: Worker) -> None:
     # The number lives on in another process.
     stage.launcher_path.write_text(f"{me.pid} {me.create_time() - 3600}\n")
     assert not launcher_lives(stage) and worker.should_stop()
+
+
+def test_a_launcher_on_another_machine_cannot_be_seen(stage: StageDir) -> None:
+    stage.launcher_path.write_text("1 1.0 some-other-host")
+    assert launcher_lives(stage)
+    stage.launcher_path.write_text(f"{os.getpid()} 1.0 {socket.gethostname()}")
+    assert not launcher_lives(stage)
+
+
+# Rank 1 of two waits in vain for its peer; its parent dies as soon as it has told the number.
+ORPHAN = """
+import subprocess, sys
+child = '''
+import sys, time
+from pathlib import Path
+from picollm import worker
+from picollm.run_dir import StageDir
+worker.LOOK_EVERY_S = worker.ORPHAN_EXIT_S = 0.05
+worker.Worker(StageDir(Path(sys.argv[1])), {}, 1, 2).leave_when_orphaned()
+print(flush=True)
+time.sleep(60)
+'''
+process = subprocess.Popen([sys.executable, "-c", child, *sys.argv[1:]], stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid)
+"""
+
+
+def test_a_rank_whose_peers_do_not_answer_leaves_after_its_parent(stage: StageDir) -> None:
+    parent = subprocess.run([sys.executable, "-c", ORPHAN, stage.path], capture_output=True, text=True, timeout=60)
+    rank = int(parent.stdout)
+
+    def gone() -> bool:
+        try:
+            return psutil.Process(rank).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    deadline = time.monotonic() + 30
+    while not gone() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone()
 
 
 def test_a_launcher_whose_number_nobody_has(stage: StageDir) -> None:
@@ -147,12 +189,14 @@ def test_a_stop_is_no_error(stage: StageDir) -> None:
     [
         (MemoryError(), OutOfMemory, 7),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory, 7),
+        (RuntimeError("std::bad_alloc"), OutOfMemory, 7),
+        (RuntimeError("[1] is the second try: Connection closed by peer [127.0.0.1]:29500"), PicollmError, 1),
         (ZeroDivisionError("division by zero"), PicollmError, 1),
         (Interrupted("x"), Interrupted, 130),
     ],
 )
 def test_what_an_exception_becomes(stage: StageDir, error: BaseException, kind: type, code: int) -> None:
-    assert type(worker_module._known(error)) is kind
+    assert type(worker_module.as_known(error)) is kind
     assert worker_module._report(stage, error, 1) == code
     path = stage.log_dir / "error.json"
     assert path.exists() == (code != 130)
@@ -161,6 +205,40 @@ def test_what_an_exception_becomes(stage: StageDir, error: BaseException, kind: 
         # The first rank to fail tells: what the others say afterwards is noise.
         worker_module._report(stage, ValueError("later"), 0)
         assert json.loads(path.read_text())["rank"] == 1
+
+
+# What torchrun says to a worker that it starts for the second time.
+AGAIN = {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("no"), 2), (IntegrityError("no"), 5), (Diverged("no"), 7), (OutOfMemory("no"), None), (None, None)],
+)
+def test_a_restart_after_an_error_that_comes_back_ends_at_once(
+    stage: StageDir, error: PicollmError | None, code: int | None
+) -> None:
+    if error is not None:
+        worker_module._report(stage, error, 1)
+    before = read_all(stage.events_path)
+    process = ended(stage, "assert 'torch' in sys.modules", **AGAIN)
+    assert process.returncode == (code or 0), process.stderr
+    assert (read_all(stage.events_path) == before) == (code is not None)
+    assert (stage.log_dir / "error.json").exists() == (code is not None)  # the first report stays for the parent
+
+
+def test_a_restart_after_a_stop_ends_at_once(stage: StageDir) -> None:
+    stage.stop_path.touch()
+    process = ended(stage, "raise AssertionError", **AGAIN)
+    assert process.returncode == 0  # another code would make torchrun start it again
+    assert stage.stop_path.exists() and not stage.events_path.exists()
+
+
+def test_a_back_off_is_told_to_the_parent(stage: StageDir) -> None:
+    error = OutOfMemory("out of memory with 8 rows at a time")
+    error.backed_off = True
+    worker_module._report(stage, error, 0)
+    assert json.loads((stage.log_dir / "error.json").read_text())["backed_off"] is True
 
 
 def test_a_worker_takes_one_argument() -> None:

@@ -165,6 +165,7 @@ def test_ratio_and_steps_of_one_layer_keep_the_steps(tmp_path):
         ("train.weight_decay=1", ["`train.weight_decay` cannot be 1", "`true` or `false`"]),
         ("train.keep_last=none", ['`train.keep_last` cannot be "none"', "a whole number", "the default is `2`"]),
         ("tokenizer.vocab_size=70000", ["`tokenizer.vocab_size` cannot be 70000", "at most 65536"]),
+        ("model.window_pattern=SXL", ['`model.window_pattern` cannot be "SXL"', "of the form ^[SL]+$"]),
         ("sft.mix=3", ["`sft.mix` cannot be 3", "a list"]),
         ('sft.mix=[{dataset="a", wieght=1}]', ["unknown key `sft.mix.0.wieght`", "`--set`", "did you mean `weight`?"]),
         ("sft.mix=[{weight=1.0}]", ["`sft.mix.0.dataset` is missing", "`--set`"]),

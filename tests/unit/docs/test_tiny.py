@@ -79,6 +79,23 @@ def test_same_names(tiny: ModuleType) -> None:
     assert {field.name for field in fields(tiny.Architecture)} == set(Architecture.model_fields)
 
 
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"sliding_window": 8},
+        {"final_logit_softcapping": 15.0},
+        {"value_embeddings": True},
+        {"x0_scalars": True},
+        {"smear": True},
+        {"backout": True},
+    ],
+    ids=lambda feature: next(iter(feature)),
+)
+def test_refuses_what_it_leaves_out(tiny: ModuleType, feature: dict[str, object]) -> None:
+    with pytest.raises(NotImplementedError, match=r"extras\.py"):
+        tiny.GPT(tiny.Architecture(**architecture().model_dump() | feature))
+
+
 def test_is_one_page() -> None:
     assert len(TINY.read_text().splitlines()) <= 150
 

@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-import torch.nn.functional as F
 
-from picollm.model import functional
-from picollm.model.functional import apply_rotary, linear_cross_entropy, relu_squared, rotary_table
-
-
-@pytest.mark.parametrize("vocab_size", [40, 64])
-@pytest.mark.parametrize("chunk", [1 << 21, 100])
-def test_linear_cross_entropy_agrees_with_autograd(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, vocab_size: int
-) -> None:
-    monkeypatch.setattr(functional, "LOGITS_PER_CHUNK", chunk)
-    torch.manual_seed(0)
-    x = torch.randn(70, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, vocab_size, (70,))
-    targets[::7] = -1
-    ours = linear_cross_entropy(x, weight, targets, 0.125, vocab_size)
-    (3 * ours).backward()
-    dx, dw = x.grad.clone(), weight.grad.clone()
-    x.grad = weight.grad = None
-    logits = x @ weight[:vocab_size].T
-    reference = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") * 0.125
-    (3 * reference).backward()
-    torch.testing.assert_close(ours, reference)
-    torch.testing.assert_close(dx, x.grad)
-    torch.testing.assert_close(dw, weight.grad)
-
-
-def test_linear_cross_entropy_survives_extreme_logits() -> None:
-    x = torch.tensor([[200.0]], requires_grad=True)
-    weight = torch.tensor([[1.0], [-1.0]])
-    loss = linear_cross_entropy(x, weight, torch.tensor([1]), 1.0, 2)
-    assert loss.item() == pytest.approx(400.0)
-
-
-def test_a_row_without_targets_costs_nothing() -> None:
-    x = torch.randn(4, 8, requires_grad=True)
-    loss = linear_cross_entropy(x, torch.randn(16, 8), torch.full((4,), -1), 1.0, 16)
-    loss.backward()
-    assert loss.item() == 0.0
-    assert not x.grad.any()
+from picollm.model.functional import apply_rotary, relu_squared, rms_norm, rotary_table
 
 
 def test_relu_squared_gradient() -> None:
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(relu_squared, (x,))
     torch.testing.assert_close(relu_squared(x), torch.where(x > 0, x * x, 0.0))
+
+
+def test_rms_norm_gradient() -> None:
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, 1e-12), (x,))
+    torch.testing.assert_close(rms_norm(x, 1e-6), torch.nn.functional.rms_norm(x, (7,), eps=1e-6))
+    assert not rms_norm(torch.zeros(2, 7), 1e-6).any()
+
+
+def test_rotation_gradient() -> None:
+    table = rotary_table(5, 6, 100.0, torch.float64, torch.device("cpu"))[:, None]
+    x = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table), (x,))
 
 
 def test_rotation_keeps_norms_and_depends_on_distance_only() -> None:

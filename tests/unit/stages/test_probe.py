@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import picollm
+from picollm.attention_choice import AttentionDevice
 from picollm.hardware import detect
 from picollm.torch_facts import CACHE_NAME, torch_facts
 
@@ -24,7 +25,8 @@ def test_the_probe_says_what_torch_can_do_and_keeps_it(clean_environment: Path) 
         assert facts[name]["works"] and facts[name]["error"] is None
     # The slowest machine that anybody would train on, and more than any core there is.
     assert facts["cuda"]["available"] or 1e8 < facts["fp32"]["flops_per_s"] < 2e12
-    assert {"matmul", "sdpa"} <= set(facts["attention"]["backends"])
+    assert {"matmul", "sdpa"} <= set(facts["attention"]["kernels"]) and not facts["attention"]["broken"]
+    assert AttentionDevice.from_json(facts["attention"]["device"]).type == ("cuda" if facts["devices"] else "cpu")
     assert facts["distributed"]["gloo"] is True
     assert set(facts["compile"]) == {"compiler", "triton"}
     assert json.loads((clean_environment / CACHE_NAME).read_text())["facts"] == facts
@@ -48,5 +50,5 @@ def test_a_torch_that_cannot_be_imported_is_reported_as_json(tmp_path: Path) -> 
 def test_on_a_gpu_the_kernel_that_ran_is_named() -> None:
     facts = torch_facts(detect())
     assert facts["cuda"]["available"], facts["cuda"]["reason"]
-    assert facts["attention"]["kernel"]
+    assert facts["attention"]["kernels"]["sdpa"]["name"]
     assert facts["bf16"]["flops_per_s"] > facts["fp32"]["flops_per_s"]

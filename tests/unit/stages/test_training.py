@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ import pytest
 from picollm.data.dataset_writer import DatasetWriter
 from picollm.data.datasets import Dataset
 from picollm.errors import ConfigError, IntegrityError
+from picollm.events import read_all
+from picollm.files import read_json, write_json
 from picollm.run_dir import run_named
 from picollm.stages.training import read_inputs, require_same, run_training
 from picollm.tokenizer.tokenizer import Tokenizer
@@ -98,3 +102,51 @@ def test_a_batch_is_whole_rows_for_every_rank(make_worker: MakeWorker, batch_tok
     with pytest.raises(ConfigError, match="whole number of rows") as caught:
         run_training(worker, inputs, encode=list, num_documents=1, cut=True, evaluate=lambda model, step: {})
     assert caught.value.hint == f"use a multiple of {8 * world}"
+
+
+def test_a_back_off_is_laid_over_the_runtime(make_worker: MakeWorker) -> None:
+    worker = make_worker()
+    write_json(worker.stage.config_path, {"schema": 1, "stage": "pretrain", **worker.config})
+    write_json(worker.stage.runtime_path, {"device_batch_size": 1, "reason": "out of memory with 2 rows at a time"})
+    worker.config = worker.stage.read_config()
+    inputs = read_inputs(worker)
+    assert inputs.runtime.device_batch_size == 1 and inputs.runtime.keep_last == 1
+    assert inputs.smaller_because == "out of memory with 2 rows at a time"
+
+
+# The stage under a limit of the address space, so many MiB above what it needs before it trains.
+LIMITED = """
+import resource, sys
+import numpy, torch, psutil
+from picollm.stages import pretrain
+from picollm.worker import run
+limit = psutil.Process().memory_info().vms + (int(sys.argv.pop()) << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+run(pretrain.main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_stage_that_does_not_fit_gets_there_in_smaller_steps(make_worker: MakeWorker) -> None:
+    """Really out of memory: a row takes about 30 MiB, all of them more than there is."""
+    length, rows = 512, 32
+    model = {**RECIPE["model"], "hidden_size": 128, "head_dim": 64, "num_hidden_layers": 2, "intermediate_size": 512}
+    worker = make_worker(model=model | {"max_position_embeddings": length}, batch_tokens=length * rows)
+    worker.config["runtime"] = RUNTIME | {"device_batch_size": rows}
+    stage = worker.stage
+    write_json(stage.config_path, {"schema": 1, "stage": "pretrain", **worker.config})
+    asked = [rows]
+    for _ in range(5):
+        command = [sys.executable, "-c", LIMITED, stage.path, "700"]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if process.returncode == 0:
+            break
+        report = read_json(stage.log_dir / "error.json")
+        assert (process.returncode, report["type"], report["backed_off"]) == (7, "OutOfMemory", True), process.stderr
+        asked.append(read_json(stage.runtime_path)["device_batch_size"])
+    assert stage.record() is not None
+    assert 1 < len(asked) == 1 + [32, 16, 8, 4, 2, 1].index(asked[-1])
+    events = read_all(stage.events_path)
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert f"{asked[-1]} rows at a time: out of memory with {asked[-2]} rows at a time" in notes
+    assert {event["tokens"] for event in events if event["kind"] == "step"} == {16384, 32768}

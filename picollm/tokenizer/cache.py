@@ -1,0 +1,248 @@
+"""The token cache: a dataset's training text as tokens on disk, made once by several processes, read by all ranks.
+
+    cache/tokens/<dataset>-<its hash>-<tokenizer's hash>/
+        part-00000.tokens          ids, uint16 (uint32 for more than 65 536 of them), document after document
+        part-00000.offsets.npy     where each document starts, uint64, and where the last one ends
+        index.json                 written last: the parts with their documents, tokens and hashes
+
+A part is finished when its offsets are there, so an interrupted build goes on. What does not match its index is not
+read: the cache is thrown away and made again, because everything in it can be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from picollm.data.datasets import Dataset
+from picollm.data.pool import in_processes
+from picollm.data.token_source import CachedTokens
+from picollm.errors import IntegrityError
+from picollm.files import SCHEMA, disk_errors, fsync_path, read_json, sha256_file, write_json
+from picollm.locks import hold_lock
+from picollm.tokenizer.tokenizer import Tokenizer
+
+INDEX = "index.json"
+# Characters of text in one part: work for one process for a few seconds.
+PART_CHARS = 16_000_000
+BATCH_DOCUMENTS = 256
+# Bytes of cache for a character of text before it is tokenised: two bytes for a token of about four characters.
+BYTES_PER_CHAR = 0.6
+
+# (documents tokenised, documents in all); what it raises ends the build, finished parts stay
+Progress = Callable[[int, int], None]
+
+
+def cache_dir(base: Path, dataset: Dataset, tokenizer: Tokenizer) -> Path:
+    """Where the tokens of a dataset under a tokenizer are, or would be."""
+    return base / "cache/tokens" / f"{dataset.name}-{dataset.sha256[:12]}-{tokenizer.sha256[:12]}"
+
+
+def wanted(dataset: Dataset, tokens: int, limit_bytes: float) -> tuple[bool, str]:
+    """Whether a run of so many tokens should use a cache, and why.
+
+    It pays when most of the dataset is read, and must not when it is larger than it may be.
+    """
+    chars = dataset.chars("train")
+    if (size := chars * BYTES_PER_CHAR) > limit_bytes:
+        return False, f"its tokens would take about {size / 2**30:.1f} GiB, `data.cache_gib` allows less"
+    if tokens * 8 < chars:
+        return False, "the run reads less than half of the dataset"
+    return True, "the run reads most of the dataset"
+
+
+def open_cache(base: Path, dataset: Dataset, tokenizer: Tokenizer) -> CachedTokens | None:
+    """The finished cache, every byte verified, or None.
+
+    A damaged one counts as none: `build` makes it again.
+    """
+    folder = cache_dir(base, dataset, tokenizer)
+    try:
+        index = _read_index(folder, dataset, tokenizer)
+        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+            sums = list(threads.map(lambda part: _hash_part(folder, part["name"]), index["parts"]))
+        if any(part["sha256"] != found for part, found in zip(index["parts"], sums, strict=True)):
+            return None
+        os.utime(folder / INDEX)  # the one used longest ago goes first when room is short
+        return CachedTokens([_open_part(folder, part["name"], index["dtype"]) for part in index["parts"]])
+    except (OSError, IntegrityError, KeyError, TypeError, ValueError):
+        return None
+
+
+def build(
+    base: Path,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    *,
+    processes: int,
+    limit_bytes: float,
+    on_progress: Progress | None = None,
+) -> CachedTokens:
+    """Open the cache, after making what is missing of it.
+
+    Args:
+        processes: that tokenise side by side; one works in this process.
+        limit_bytes: room for all caches together; those used longest ago are removed for it.
+        on_progress: called several times a second.
+
+    Raises:
+        IntegrityError: a shard of the dataset is not as recorded; it is named.
+        HostError: the disk is full.
+    """
+    folder = cache_dir(base, dataset, tokenizer)
+    with hold_lock(folder.with_name(f".{folder.name}.lock"), f"the token cache of `{dataset.name}`", wait_s=60):
+        if (found := open_cache(base, dataset, tokenizer)) is not None:
+            return found
+        if (folder / INDEX).exists():  # finished, and yet not readable as recorded
+            shutil.rmtree(folder)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _make_room(folder, dataset.chars("train") * BYTES_PER_CHAR, limit_bytes)
+        documents = dataset.rows("train")
+        rows = max(1, PART_CHARS * documents // max(1, dataset.chars("train")))
+        tasks = [(f"part-{i:05d}", i * rows, min((i + 1) * rows, documents)) for i in range(-(-documents // rows))]
+        _run(folder, dataset, base, tokenizer, tasks, processes, on_progress)
+        parts = []
+        for name, start, end in tasks:
+            tokens, offsets = _open_part(folder, name, _dtype(tokenizer).name)
+            if len(offsets) != end - start + 1:
+                raise IntegrityError(
+                    f"`{folder / name}` of the token cache is damaged", hint=f"remove `{folder}`; it is made again"
+                )
+            digest = _hash_part(folder, name)
+            parts.append({"name": name, "documents": end - start, "tokens": len(tokens), "sha256": digest})
+        write_json(
+            folder / INDEX,
+            {
+                "schema": SCHEMA,
+                "dataset_sha256": dataset.sha256,
+                "tokenizer_sha256": tokenizer.sha256,
+                "dtype": _dtype(tokenizer).name,
+                "parts": parts,
+            },
+        )
+    made = open_cache(base, dataset, tokenizer)
+    if made is None:
+        raise IntegrityError(f"the token cache `{folder}` does not read back as written", hint="check the disk")
+    return made
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def _read_index(folder: Path, dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
+    index = read_json(folder / INDEX)
+    if (index["schema"], index["dataset_sha256"], index["tokenizer_sha256"]) != (
+        SCHEMA, dataset.sha256, tokenizer.sha256,
+    ):  # fmt: skip
+        raise ValueError("another dataset or tokenizer")
+    if sum(part["documents"] for part in index["parts"]) != dataset.rows("train"):
+        raise ValueError("documents are missing")
+    return index
+
+
+def _hash_part(folder: Path, name: str) -> str:
+    files = (folder / f"{name}.tokens", folder / f"{name}.offsets.npy")
+    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+
+
+def _open_part(folder: Path, name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r", allow_pickle=False)
+    path = folder / f"{name}.tokens"
+    # An empty file cannot be mapped.
+    tokens = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+    return tokens, offsets
+
+
+def _make_room(folder: Path, needed: float, limit: float) -> None:
+    """Remove other caches, those used longest ago first, until this one fits beside them."""
+    others = []
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other != folder:
+            index = other / INDEX
+            used = index.stat().st_mtime if index.exists() else other.stat().st_mtime
+            others.append((used, other, sum(file.stat().st_size for file in other.iterdir())))
+    total = sum(size for _, _, size in others)
+    for _, other, size in sorted(others):
+        if total + needed <= limit:
+            return
+        shutil.rmtree(other, ignore_errors=True)
+        total -= size
+
+
+# -- tokenising -------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    folder: Path,
+    dataset: Dataset,
+    base: Path,
+    tokenizer: Tokenizer,
+    tasks: list[tuple[str, int, int]],
+    processes: int,
+    on_progress: Progress | None,
+) -> None:
+    missing = [task for task in tasks if not (folder / f"{task[0]}.offsets.npy").exists()]
+    total = tasks[-1][2] if tasks else 0
+    done = total - sum(end - start for _, start, end in missing)
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        if on_progress:
+            on_progress(done, total)
+
+    tell(0)
+    if processes == 1 or len(missing) <= 1:
+        documents = dataset.documents("train")
+        for task in missing:
+            _tokenize(folder, documents, tokenizer, task, tell)
+        return
+    setup = (folder, dataset.name, base, tokenizer.json)
+    for documents in in_processes(_work, missing, processes, setup=_open, arguments=setup, tick=lambda: tell(0)):
+        tell(documents)
+
+
+_worker: tuple[Path, Any, Tokenizer]
+
+
+def _open(folder: Path, name: str, base: Path, tokenizer_json: bytes) -> None:
+    """In a process of the pool: open what every part needs, once."""
+    global _worker
+    _worker = (folder, Dataset.open(name, base).documents("train"), Tokenizer(tokenizer_json))
+
+
+def _work(task: tuple[str, int, int]) -> int:
+    folder, documents, tokenizer = _worker
+    _tokenize(folder, documents, tokenizer, task, lambda more: None)
+    return task[2] - task[1]
+
+
+def _tokenize(
+    folder: Path, documents: Any, tokenizer: Tokenizer, task: tuple[str, int, int], tell: Callable[[int], None]
+) -> None:
+    """Write one part; its offsets come last and under their name only when both files are on disk."""
+    name, first, end = task
+    path, dtype = folder / f"{name}.tokens", _dtype(tokenizer)
+    offsets = np.zeros(end - first + 1, dtype=np.uint64)
+    with disk_errors(path):
+        with open(path, "wb") as file:
+            for start in range(first, end, BATCH_DOCUMENTS):
+                texts = documents[start : min(start + BATCH_DOCUMENTS, end)]
+                for i, ids in enumerate(tokenizer.encode_batch(texts), start - first):
+                    file.write(np.array(ids, dtype=dtype).tobytes())
+                    offsets[i + 1] = offsets[i] + np.uint64(len(ids))
+                tell(len(texts))
+        fsync_path(path)
+        temporary = folder / f"{name}.offsets.tmp.npy"
+        np.save(temporary, offsets, allow_pickle=False)
+        fsync_path(temporary)
+        os.replace(temporary, folder / f"{name}.offsets.npy")
