@@ -6,6 +6,8 @@ Each side is run as a whole process with few and with more steps; the CPU second
 of the difference are the cost of the extra steps, so that start-up, tokenisation and saving cancel out. Sides take
 turns, and what is compared is the ratio of medians: the machine may be noisy.
 
+With `--compiled` both sides compile; then `--steps 10 70` makes what is compared long beside the compilers' noise.
+
 CHECKOUT is a nanochat checkout, PYTHON an interpreter with its requirements, DIR a NANOCHAT_BASE_DIR with a trained
 tokenizer of the same vocabulary and the same documents; NAME a dataset of picollm. Prints one JSON object.
 """
@@ -37,10 +39,11 @@ def cpu_seconds(command: list[str], env: dict[str, str], cwd: Path | None) -> fl
     return usage.ru_utime + usage.ru_stime
 
 
-def ours(steps: int, dtype: str, dataset: str, base: Path) -> float:
+def ours(steps: int, dtype: str, compiled: bool, dataset: str, base: Path) -> float:
     run = f"bench-{dtype}-{steps}"
     env = os.environ | {"PICOLLM_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"}
     sets = [f"data.dataset={dataset}", f"train.steps={steps}", f"train.dtype={dtype}", f"train.eval_tokens={T}"]
+    sets.append(f"train.compile={str(compiled).lower()}")
     flags = [flag for value in sets for flag in ("--set", value)]
     shutil.rmtree(base / "runs" / run, ignore_errors=True)
     picollm = [sys.executable, "-m", "picollm_cli"]
@@ -48,10 +51,10 @@ def ours(steps: int, dtype: str, dataset: str, base: Path) -> float:
     return cpu_seconds([*picollm, "pretrain", "--run", run], env, None)
 
 
-def peer(steps: int, dtype: str, checkout: Path, python: str, base: Path) -> float:
+def peer(steps: int, dtype: str, compiled: bool, checkout: Path, python: str, base: Path) -> float:
     env = os.environ | {
-        "NANOCHAT_BASE_DIR": str(base), "NANOCHAT_DTYPE": dtype, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
+        "NANOCHAT_BASE_DIR": str(base), "NANOCHAT_DTYPE": dtype, "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "0" if compiled else "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
     }  # fmt: skip
     flags = {
         "depth": DEPTH, "head-dim": 64, "window-pattern": "L", "max-seq-len": T, "device-batch-size": ROWS,
@@ -70,22 +73,25 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--steps", nargs=2, type=int, default=[4, 20])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     few, more = args.steps
     base = Path(os.environ.get("PICOLLM_BASE_DIR") or tempfile.mkdtemp())
     result: dict[str, object] = {
         "shape": {"depth": DEPTH, "T": T, "tokens_per_step": TOKENS},
         "cpu": platform.processor(),
+        "compiled": args.compiled,
     }
     for dtype in args.dtypes:
         rates: dict[str, list[float]] = {"picollm": [], "peer": []}
         for _ in range(args.rounds):
             for side in rates:
                 if side == "picollm":
-                    costs = [ours(n, dtype, args.dataset, base) for n in (few, more)]
+                    costs = [ours(n, dtype, args.compiled, args.dataset, base) for n in (few, more)]
                 else:
                     costs = [
-                        peer(n, dtype, args.peer.absolute(), args.peer_python, args.peer_base) for n in (few, more)
+                        peer(n, dtype, args.compiled, args.peer.absolute(), args.peer_python, args.peer_base)
+                        for n in (few, more)
                     ]
                 rates[side].append(TOKENS * (more - few) / (costs[1] - costs[0]))
                 print(f"{dtype} {side}: {rates[side][-1]:,.0f} tokens per CPU-second", file=sys.stderr, flush=True)

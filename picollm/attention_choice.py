@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from picollm.config.model import Architecture
 from picollm.errors import ConfigError
 
 BACKENDS = ("matmul", "sdpa", "cudnn", "flash", "varlen", "fa3", "flex")
@@ -84,6 +85,7 @@ def choose_attention(
     windows: bool = False,
     requested: str = "auto",
     head_size: int | None = None,
+    documents: bool = False,
 ) -> AttentionChoice:
     """The kernels of a run, by the measurements in GPU.md 4 and bench/choices.py.
 
@@ -93,15 +95,19 @@ def choose_attention(
         windows: some layers have a window.
         requested: `model.attention`.
         head_size: D; None for one that every kernel takes.
+        documents: the documents of a row must not see each other.
 
     Raises:
         ConfigError: the requested backend cannot work on this device, in this type, with this head size or a window.
     """
     if requested != "auto":
-        return _forced(requested, device, dtype, head_size, windows)
+        return _forced(requested, device, dtype, head_size, windows, documents)
     if device.type == "cpu":
         return _on_cpu(dtype, row, windows)
     full, windowed, reason = _order(device, dtype)
+    if documents:
+        full = windowed = ("fa3", "varlen", "sdpa")
+        reason = "FA3 is the fastest on Hopper"
     able = [name for name in full if not obstacle(name, device, dtype, head_size)]
     slow = None
     if "cudnn" in full and (device.cudnn or 0) < CUDNN_FAST_ATTENTION:
@@ -111,6 +117,8 @@ def choose_attention(
     chosen = able[0]
     if chosen != full[0]:
         reason = f"the first of {', '.join(full)} that is good in {dtype} on {device} as it is"
+    if documents:
+        reason += ", of those that keep the documents of a row apart (`data.packing=documents`)"
     if not windows:
         return AttentionChoice(chosen, None, reason, slow)
     window = next(name for name in windowed if not obstacle(name, device, dtype, head_size, windows=True))
@@ -118,6 +126,21 @@ def choose_attention(
     if chosen == "cudnn" and window in ("varlen", "sdpa"):
         reason += f", and {window} is hardly faster there than full attention (`model.window_pattern=L`)"
     return AttentionChoice(chosen, window, reason, slow)
+
+
+def attention_for(
+    arch: Architecture, dtype: str, device: AttentionDevice, requested: str = "auto", *, documents: bool = False
+) -> AttentionChoice:
+    """`choose_attention` for a model's shapes."""
+    return choose_attention(
+        device,
+        dtype,
+        arch.max_position_embeddings,
+        windows=arch.sliding_window is not None,
+        requested=requested,
+        head_size=arch.head_dim,
+        documents=documents,
+    )
 
 
 def _on_cpu(dtype: str, row: int, windows: bool) -> AttentionChoice:
@@ -163,9 +186,14 @@ def _cudnn_text(device: AttentionDevice) -> str:
 # -- forced backends --------------------------------------------------------------------------------------------------
 
 
-def _forced(name: str, device: AttentionDevice, dtype: str, head_size: int | None, windows: bool) -> AttentionChoice:
-    if cause := obstacle(name, device, dtype, head_size, windows=windows):
-        able = [other for other in BACKENDS if not obstacle(other, device, dtype, head_size, windows=windows)]
+def _forced(
+    name: str, device: AttentionDevice, dtype: str, head_size: int | None, windows: bool, documents: bool
+) -> AttentionChoice:
+    def against(backend: str) -> str | None:
+        return obstacle(backend, device, dtype, head_size, windows=windows, documents=documents)
+
+    if cause := against(name):
+        able = [other for other in BACKENDS if not against(other)]
         raise ConfigError(
             f"`model.attention={name}` cannot work here",
             cause=cause,
@@ -183,11 +211,19 @@ MISSING = {
 
 
 def obstacle(
-    name: str, device: AttentionDevice, dtype: str, head_size: int | None = None, *, windows: bool = False
+    name: str,
+    device: AttentionDevice,
+    dtype: str,
+    head_size: int | None = None,
+    *,
+    windows: bool = False,
+    documents: bool = False,
 ) -> str | None:
     """Why a backend cannot train on a device, or None where it can."""
     if name in ("matmul", "sdpa"):
         return None
+    if documents and name in ("cudnn", "flash", "flex"):
+        return f"{name} does not keep the documents of a row apart, as `data.packing=documents` asks"
     if name == "flex":
         if device.type != "cuda":
             return f"flex has no backward pass on {device}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from picollm import hardware
 from picollm.config.model import Architecture
 from picollm.config.schema import RunConfig
+from picollm.data.registry import REGISTRY
 from picollm.gpu_specs import gpu_spec
 from picollm.hardware import Machine
 from picollm.memory import optimizer_bytes
@@ -32,6 +33,8 @@ TOY_WORLD_CHAT_TOKENS = 400_000
 CHARS_PER_TOKEN = 4.0
 # Parquet with zstd stores text in about two fifths of its characters (ClimbMix: 250 M characters in 100 MB).
 STORED_BYTES_PER_CHAR = 0.4
+# What a usual line into a machine with a GPU brings (400 Mbit/s); the one thing here that nobody can look up offline.
+DOWNLOAD_BYTES_PER_S = 50e6
 
 
 def training_speed(
@@ -93,9 +96,16 @@ def disk(params: Params, keep_last: int) -> int:
 
 
 def dataset_chars(dataset: str, tokens: int) -> int:
-    """Characters of a dataset that is not there yet: the toy world's, or enough for `tokens` without
-    repeats."""
+    """Characters of a dataset that is not there yet: the toy world's, or enough for `tokens` without repeats."""
+    if known := REGISTRY.get(dataset):
+        return known.shards_for(tokens) * known.shard_chars
     return TOY_WORLD_CHARS if dataset == "toy-world" else int(tokens * CHARS_PER_TOKEN)
+
+
+def download_bytes(dataset: str, tokens: int) -> int:
+    """What a run of so many tokens fetches of a dataset that is not there: its shards and the validation shard."""
+    known = REGISTRY.get(dataset)
+    return (known.shards_for(tokens) + 1) * known.shard_bytes if known else 0
 
 
 def dataset_bytes(chars: int) -> int:

@@ -5,15 +5,17 @@ Kinds and their fields:
     step         step, loss, lr, tokens, tokens_per_s, mfu, grad_norm, mem_gib, dt_s
     eval         step, name, value, stderr, n
     sample       step, prompt, text
-    checkpoint   step, path, bytes
+    checkpoint   step, path, bytes, dt_s (from the call to the commit)
     phase        text (what takes long before the first step; empty when it is over)
     note         text, level
-    stage_end    ok
+    stage_end    ok; when it is false, reason (`stopped` or the error's type) and perhaps text
 Only rank 0 writes. After a crash steps repeat: `read_events` drops those that a later attempt overtook.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import time
@@ -47,11 +49,26 @@ class EventWriter:
         event = {"v": VERSION, "t": round(time.time(), 3), "stage": self.stage, "kind": kind, **fields}
         # A non-finite number is not JSON; null keeps the line readable everywhere.
         event = {key: None if value != value or value in (_INF, -_INF) else value for key, value in event.items()}
-        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        with disk_errors(self.path), _forgive_full_disk():
+            self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with disk_errors(self.path), _forgive_full_disk():
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _forgive_full_disk() -> Iterator[None]:
+    """A line that finds no room must not end a training; saving says that the disk is full, and may find room later.
+
+    The buffer keeps what could not be written, up to its size, so that no line is torn.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
 
 
 _INF = float("inf")

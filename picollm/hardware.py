@@ -141,6 +141,14 @@ def _allowed_cpus() -> set[int] | None:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
+def usable_cpus() -> int:
+    """Processes that can compute side by side here: the CPUs of this process, within the quota of its container."""
+    allowed = _allowed_cpus()
+    logical = len(allowed) if allowed else os.cpu_count() or 1
+    quota = container_cpus()
+    return max(1, min(logical, math.floor(quota))) if quota else logical
+
+
 # -- GPUs -------------------------------------------------------------------------------------------------------------
 
 

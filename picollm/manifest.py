@@ -1,6 +1,8 @@
 """`manifest.json`: every file of a run with its size, hash, the stage that made it and what that stage was made from.
 
-{"schema": 1, "run", "picollm", "files": [{"path", "bytes", "sha256", "stage", "from": {input: sha256}}]}
+{"schema": 1, "run", "picollm", "data", "files": [{"path", "bytes", "sha256", "stage", "from": {input: sha256}}]}
+
+`data` is what each training stage has read: {stage: [{"dataset", "documents", "tokens", "epochs", "share"}]}.
 
 Paths are relative to the run, so a copied run verifies where it lands. Left out are files that say who is at work
 (locks, pids), logs, temporary files, `old/` (what `--force` set aside) and the manifest itself.
@@ -24,7 +26,7 @@ Progress = Callable[[int, int], None]
 SHOWN_PROBLEMS = 10
 
 # Who is at work right now, not what was made.
-_TRANSIENT_FILES = frozenset({"lock", "lock.owner", "pid", "launcher", "nodes", "STOP"})
+_TRANSIENT_FILES = frozenset({"lock", "lock.owner", "pid", "launcher", "nodes", "STOP", "tokens"})
 _SKIPPED_FOLDERS = frozenset({"log", "old"})
 _REPORT_FILES = re.compile(r"^(report\.(md|json|html)|plots/.+)$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
@@ -102,7 +104,8 @@ def write_manifest(run: RunDir, *, on_progress: Progress | None = None) -> dict[
             cause=describe(problems),
             hint=f"make the stage again, as with `picollm speedrun --run {run.name} --force STAGE`",
         )
-    manifest = {"schema": SCHEMA, "run": run.name, "picollm": __version__, "files": files}
+    read = {stage: record["result"]["data"] for stage, record in records.items() if record and _has_data(record)}
+    manifest = {"schema": SCHEMA, "run": run.name, "picollm": __version__, "data": read, "files": files}
     write_json(run.manifest_path, manifest)
     return manifest
 
@@ -179,6 +182,10 @@ def _hash_all(run: RunDir, paths: list[str], on_progress: Progress | None) -> It
             cause=error.strerror or str(error),
             hint="wait until nothing writes to the run (`picollm runs`), then run the same command again",
         ) from error
+
+
+def _has_data(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("result"), dict) and "data" in record["result"]
 
 
 def _against_records(files: list[dict[str, Any]], records: dict[str, dict[str, Any] | None]) -> Iterator[Problem]:

@@ -18,10 +18,11 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BASE_BYTES = {"cpu": 450 * 2**20, "cuda": 700 * 2**20}
 # What allocators hold beyond live tensors: freed blocks that nothing fits into. Workers on CPUs keep all of them.
 ALLOCATOR_FACTOR = {"cpu": 1.25, "cuda": 1.05}
-# As in `model/loss.py` and `model/attention.py`; tests compare.
+# As in `model/loss.py`, `model/attention.py` and `optim/buckets.py`; a test compares.
 LOGITS_PER_CHUNK = 1 << 22
 GPU_MEMORY_SHARE = 32
 MATMUL_BLOCK = 128
+STACK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,12 @@ def _loss_bytes(arch: Architecture, params: Params, tokens: int, size: int, mast
 def _update_elements(arch: Architecture, params: Params, device: str, ranks: int, largest: int) -> int:
     """Elements of the optimizer's work space: copies of the largest group of matrices, or of the largest table.
 
-    Five of the one or two of the other, where code is eager; compiled code fuses some. One rank updates all matrices
+    Five of the one or two of the other, where code is eager; compiled code fuses some. One rank updates many matrices
     of a shape at once, one of several a slot at a time, beside two buckets of messages.
     """
     matrix, table = (5, 2) if device == "cpu" else (4, 2)
     if ranks == 1:
-        return max(matrix * arch.num_hidden_layers * largest, table * params.embedding)
+        together = min(arch.num_hidden_layers, max(1, STACK_ELEMENTS // largest))
+        return max(matrix * together * largest, table * params.embedding)
     bucket = max(ranks * largest, params.embedding)
     return max(matrix * largest, table * params.embedding // ranks) + 2 * bucket

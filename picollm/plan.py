@@ -16,7 +16,15 @@ from picollm.config.recipe import ComputeDtype, TrainRecipe
 from picollm.config.schema import RunConfig
 from picollm.hardware import Machine
 from picollm.rates import Horizon, pretrain_horizon
-from picollm.recipes import check_fp8, choose_dtype, choose_fp8, pretrain_recipe, sft_horizon, sft_recipe
+from picollm.recipes import (
+    check_fp8,
+    choose_dtype,
+    choose_fp8,
+    keep_precision,
+    pretrain_recipe,
+    sft_horizon,
+    sft_recipe,
+)
 from picollm.runtimes import (
     Fit,
     attention_device,
@@ -51,6 +59,7 @@ __all__ = [
     "exports",
     "fit",
     "flops_per_token",
+    "keep_precision",
     "make_plan",
     "num_params",
     "pretrain_recipe",
@@ -90,13 +99,17 @@ def blocking_features(arch: Architecture) -> list[str]:
     return [text for present, text in features if present]
 
 
-def exports(arch: Architecture) -> dict[str, Export]:
-    """Formats that stock runtimes read, by the features of the shape (MODEL 2-4)."""
+def exports(arch: Architecture, *, digits: int = 1) -> dict[str, Export]:
+    """Formats that stock runtimes read, by the features of the shape and of the tokenizer (MODEL 2-5).
+
+    Args:
+        digits: that may stand in one token (`Tokenizer.digits`).
+    """
+    splits = "" if digits == 1 else f"GGUF has no name for tokens of {digits} digits (`tokenizer.digits`)"
     if blocking := blocking_features(arch):
-        blocked = Export(
-            False, f"no stock architecture has {', '.join(blocking)}; `model.arch=portable` has none of it"
-        )
-        return {"gguf": blocked, "transformers": blocked}
+        reason = f"no stock architecture has {', '.join(blocking)}; `model.arch=portable` has none of it"
+        gguf = Export(False, f"{reason}; {splits}" if splits else reason)
+        return {"gguf": gguf, "transformers": Export(False, reason)}
     widths = (arch.head_dim * arch.num_attention_heads, arch.hidden_size, arch.intermediate_size)
     if any(width % 32 for width in widths):
         gguf = Export(True, "float types only: quantised rows need widths that are multiples of 32")
@@ -104,6 +117,8 @@ def exports(arch: Architecture) -> dict[str, Export]:
         gguf = Export(True, "all but K-quants, whose rows need widths that are multiples of 256")
     else:
         gguf = Export(True, "every feature folds into a stock architecture")
+    if splits:
+        gguf = Export(False, f"{splits}; `tokenizer.digits=1` splits as it can")
     return {"gguf": gguf, "transformers": Export(True, "every feature folds into a stock architecture")}
 
 
@@ -124,6 +139,7 @@ class Plan:
     attention_reason: str
     fit: Fit
     disk_bytes: int
+    download_bytes: int
     money_usd: float | None
     stages: tuple[StagePlan, ...]
     exports: dict[str, Export]
@@ -156,6 +172,7 @@ class Plan:
             "memory_gib": round(self.memory_bytes / 2**30, 2),
             "time_s": round(self.time_s, 1),
             "disk_gib": round(self.disk_bytes / 2**30, 3),
+            "download_gib": round(self.download_bytes / 2**30, 3),
             "money_usd": None if self.money_usd is None else round(self.money_usd, 2),
             "num_params": self.params.total,
             "flops_per_token": self.flops_per_token,
@@ -198,6 +215,8 @@ def make_plan(
     ranks_per_node: int | None = None,
     price_per_hour: float | None = None,
     dataset_chars: int | None = None,
+    missing_bytes: int = 0,
+    stored: dict[str, Any] | None = None,
 ) -> Plan:
     """Estimate a whole run before anything is made.
 
@@ -206,6 +225,8 @@ def make_plan(
         ranks_per_node: those on this machine; None means all of them.
         price_per_hour: dollars an hour for all machines; None takes the table's price of known GPUs.
         dataset_chars: characters of the training split when the dataset is there.
+        missing_bytes: of its files that are still to be downloaded.
+        stored: pretraining's recipe, when that is prepared: its compute type and fp8 stay.
 
     Raises:
         ConfigError: shapes or batches that do not divide; more ranks than GPUs; a compute type, fp8 or attention that
@@ -214,6 +235,8 @@ def make_plan(
     here = ranks_per_node or ranks
     check_ranks(machine, here)
     recipe = pretrain_recipe(config, machine, tokenizer_vocab=config.tokenizer.vocab_size, tokenizer_sha256="", data=())
+    if stored is not None:
+        recipe = keep_precision(recipe, stored, config)
     arch, params = recipe.model, num_params(recipe.model)
     pretrain = pretrain_horizon(config, arch)
     sft = sft_horizon(config, arch, pretrain.batch_tokens, estimate.TOY_WORLD_CHAT_TOKENS)
@@ -224,9 +247,13 @@ def make_plan(
         arch, machine, recipe.dtype, threads, ranks, fp8=recipe.fp8, checkpointing=fitted.activation_checkpointing
     )
     # A dataset that was counted is there and needs no more room.
-    chars = dataset_chars or estimate.dataset_chars(config.data.dataset, pretrain.tokens)
-    missing = 0 if dataset_chars else estimate.dataset_bytes(chars)
+    whole = sum(weight for _, weight in config.data.sources)
+    parts = [(name, round(pretrain.tokens * weight / whole)) for name, weight in config.data.sources]
+    chars = dataset_chars or sum(estimate.dataset_chars(name, tokens) for name, tokens in parts)
+    download = missing_bytes if dataset_chars else sum(estimate.download_bytes(name, tokens) for name, tokens in parts)
+    missing = download if download or dataset_chars else estimate.dataset_bytes(chars)
     stages = (
+        *([StagePlan("data", download / estimate.DOWNLOAD_BYTES_PER_S)] if download else []),
         StagePlan("tokenizer", estimate.tokenizer_time(min(chars, config.tokenizer.max_chars))),
         StagePlan("pretrain", estimate.training_time(pretrain.tokens, speed), pretrain.steps, pretrain.tokens),
         StagePlan("sft", estimate.training_time(sft.tokens, speed), sft.steps, sft.tokens),
@@ -250,7 +277,8 @@ def make_plan(
         attention_reason=attention.reason,
         fit=fitted,
         disk_bytes=estimate.disk(params, config.train.keep_last) + missing,
+        download_bytes=download,
         money_usd=None if hourly is None else hours * hourly,
         stages=stages,
-        exports=exports(arch),
+        exports=exports(arch, digits=config.tokenizer.digits),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from picollm import hardware
 from picollm.config.model import Architecture
@@ -63,6 +64,7 @@ def pretrain_recipe(
         rates=pretrain_rates(config, arch, horizon),
         schedule=pretrain_schedule(horizon.steps),
         data=tuple(data),
+        packing=config.data.packing,
         buffer_documents=config.data.buffer_documents,
         tokenizer_sha256=tokenizer_sha256,
     )
@@ -128,6 +130,7 @@ def sft_recipe(
             "rates": sft_rates(pretrain.rates, config.sft.lr_scale),
             "schedule": sft_schedule(horizon.steps),
             "data": tuple(data),
+            "packing": "whole",
             "buffer_documents": config.data.buffer_documents,
             "init_from": init_from,
         }
@@ -142,6 +145,23 @@ def choose_dtype(config: RunConfig, machine: Machine) -> tuple[str, str]:
     if config.train.dtype != "auto":
         return config.train.dtype, "`train.dtype` asks for it"
     return hardware.compute_dtype(machine)
+
+
+def keep_precision(recipe: TrainRecipe, stored: dict[str, Any], config: RunConfig) -> TrainRecipe:
+    """A stage's recipe with compute type and fp8 as first decided: what was left open must not change with the machine.
+
+    A reason also stays where a value that was asked for is still the same.
+
+    Args:
+        stored: the recipe in the stage's `config.json`.
+    """
+    stored = {"fp8": False, "fp8_reason": ""} | stored  # there was no choice in the first version
+    kept: list[str] = []
+    if config.train.dtype in ("auto", stored["dtype"]):
+        kept += ["dtype", "dtype_reason"]
+    if config.train.fp8 in (None, stored["fp8"]):
+        kept += ["fp8", "fp8_reason"]
+    return recipe.model_copy(update={key: stored[key] for key in kept})
 
 
 def choose_fp8(config: RunConfig, machine: Machine, arch: Architecture, dtype: str) -> tuple[bool, str]:

@@ -135,6 +135,11 @@ class StageDir:
     def stop_path(self) -> Path:
         return self.path / "STOP"
 
+    @property
+    def tokens_path(self) -> Path:
+        """How rank 0 tells the other ranks that the token cache is there."""
+        return self.path / "tokens"
+
     def read_config(self) -> dict[str, Any]:
         """`{"schema", "stage", "recipe", "runtime"}`, with `runtime.json` laid over its runtime.
 
@@ -142,9 +147,17 @@ class StageDir:
             MissingArtifact: the stage was never prepared.
             IntegrityError: torn, or of another version.
         """
+        config = self.read_prepared()
+        with contextlib.suppress(FileNotFoundError):
+            changed = read_json(self.runtime_path, hint=f"remove it: `{self.config_path.name}` holds the first values")
+            config["runtime"] = config["runtime"] | (changed if isinstance(changed, dict) else {})
+        return config
+
+    def read_prepared(self) -> dict[str, Any]:
+        """The same as it was prepared: without `runtime.json`, which the worker wrote."""
         redo = f"restore it, or redo the stage with `picollm speedrun --run {self.run.name} --force {self._command}`"
         try:
-            config = read_fields(self.config_path, {"recipe": dict, "runtime": dict}, hint=redo)
+            return read_fields(self.config_path, {"recipe": dict, "runtime": dict}, hint=redo)
         except FileNotFoundError:
             command = f"picollm {self._command} --run {self.run.name}"
             raise MissingArtifact(
@@ -152,10 +165,6 @@ class StageDir:
                 cause=f"`{self.config_path}` does not exist",
                 hint=f"prepare it with `{command}`",
             ) from None
-        with contextlib.suppress(FileNotFoundError):
-            changed = read_json(self.runtime_path, hint=f"remove it: `{self.config_path.name}` holds the first values")
-            config["runtime"] = config["runtime"] | (changed if isinstance(changed, dict) else {})
-        return config
 
     def finished_steps(self) -> list[int]:
         """Steps of the checkpoints that were committed, ascending; some may have been damaged since.

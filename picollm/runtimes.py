@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from picollm import hardware
-from picollm.attention_choice import CUDNN_FAST_ATTENTION, AttentionChoice, AttentionDevice, choose_attention
+from picollm.attention_choice import CUDNN_FAST_ATTENTION, AttentionChoice, AttentionDevice, attention_for
 from picollm.config.model import Architecture
 from picollm.config.recipe import EvalRuntime, TrainRecipe, TrainRuntime
 from picollm.config.schema import RunConfig
@@ -54,14 +54,7 @@ def attention_of(config: RunConfig, machine: Machine, arch: Architecture, dtype:
     device, requested = attention_device(machine), config.model.attention
     if requested == "fa3":  # whether its wheel is there, the worker will see
         device = replace(device, installed=device.installed | {"fa3"})
-    return choose_attention(
-        device,
-        dtype,
-        arch.max_position_embeddings,
-        windows=arch.sliding_window is not None,
-        requested=requested,
-        head_size=arch.head_dim,
-    )
+    return attention_for(arch, dtype, device, requested, documents=config.data.packing == "documents")
 
 
 def choose_threads(config: RunConfig, machine: Machine, ranks_per_node: int = 1) -> tuple[int, str]:
@@ -217,6 +210,7 @@ def train_runtime(
         keep_last=train.keep_last,
         eval_every=train.eval_every or (250 if recipe.steps >= 1000 else None),
         eval_tokens=train.eval_tokens,
+        cache_gib=config.data.cache_gib if recipe.stage == "pretrain" else 0.0,
     )
 
 

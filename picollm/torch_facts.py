@@ -22,7 +22,7 @@ from picollm.hardware import Machine
 from picollm.run_dir import base_dir
 
 CACHE_NAME = "machine.json"
-SCHEMA = 2  # of what is kept; an answer of another shape is asked again
+SCHEMA = 3  # of what is kept; an answer of another shape is asked again
 # A cold disk needs tens of seconds to load a CUDA build of torch.
 PROBE_TIMEOUT_S = 180.0
 REQUIREMENT = "torch>=2.9,<2.14"  # as in pyproject.toml, which a broken installation cannot be asked for

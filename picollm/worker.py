@@ -67,9 +67,9 @@ class Worker:
         """
         if not self._stop and (now := time.monotonic()) - self._looked >= LOOK_EVERY_S:
             self._looked = now
-            self._stop = self._is_orphan() or (
-                self.rank == 0 and (self.stage.stop_path.exists() or not launcher_lives(self.stage))
-            )
+            here = self.rank == 0 and (self.stage.stop_path.exists() or not launcher_lives(self.stage))
+            if here or self._is_orphan():  # never set to False: a signal may come while we look
+                self._stop = True
         return self._stop
 
     def _is_orphan(self) -> bool:
@@ -168,8 +168,11 @@ def _run_stage(stage: StageDir, main: Callable[[Worker], None], rank: int, world
     with contextlib.ExitStack() as stack:
         if rank == 0:
             stack.enter_context(hold_lock(stage.lock_path, f"stage `{stage.name}` of run `{stage.run.name}`", wait_s=2))
-            for stale in (stage.stop_path, stage.log_dir / "error.json"):
-                stale.unlink(missing_ok=True)
+            stale = [stage.tokens_path, stage.log_dir / "error.json"]
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                stale.append(stage.stop_path)  # after a restart it is of now, not of a run before this one
+            for path in stale:
+                path.unlink(missing_ok=True)
             stage.pid_path.write_text("")
             stack.callback(stage.pid_path.unlink, missing_ok=True)
         worker = Worker(stage, config, rank, world)
@@ -221,7 +224,8 @@ def _report(stage: StageDir | None, error: BaseException, rank: int) -> int:
     if isinstance(error, Interrupted):
         return error.exit_code
     trace = "".join(traceback.format_exception(error))
-    print(trace, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # no room for the log either
+        print(trace, file=sys.stderr, flush=True)
     known = as_known(error)
     if stage is not None and stage.path.is_dir():
         with contextlib.suppress(OSError):  # the first rank to fail tells; a full disk must not hide the error

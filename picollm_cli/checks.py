@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from picollm.data.registry import REGISTRY
 from picollm.errors import ConfigError, PicollmError, did_you_mean
 from picollm.units import duration, size
 from picollm_cli import machine_checks as machine
@@ -18,7 +19,7 @@ LONG_RUN_S = 24 * 3600
 def check_dataset(at: Inspection) -> Check:
     from picollm.data.datasets import TOY_WORLD_CHAT
 
-    kinds = {at.config.data.dataset: "text"}
+    kinds = {name: "text" for name, _ in at.config.data.sources}
     kinds |= {part.dataset: "conversations" for part in at.config.sft.mix} or {TOY_WORLD_CHAT: "conversations"}
     parts = []
     for name, kind in kinds.items():
@@ -27,7 +28,7 @@ def check_dataset(at: Inspection) -> Check:
         except PicollmError as error:
             return Check("dataset", "block", f"{error.message}: {error.cause}", error.hint)
         if dataset is None:
-            parts.append(f"`{name}` is generated when needed")
+            parts.append(f"`{name}` is {'downloaded' if name in REGISTRY else 'generated'} when needed")
         elif dataset.kind != kind:
             return Check(
                 "dataset", "block", f"`{name}` holds {dataset.kind}, {kind} is needed", "see `picollm data list`"

@@ -82,12 +82,23 @@ def _estimate(plan: Plan) -> dict[str, str]:
         "step": f"{recipe.batch_tokens:,} tokens: {' x '.join(cut)} of {row:,} ({batch.reason})",
         "memory": f"about {size(plan.memory_bytes)} in the largest process ({_holders(plan)})",
         "disk": f"about {size(plan.disk_bytes)}",
+        "download": _download(plan),
         "time": f"about {duration(round(plan.time_s))} on an idle machine",
         "money": "no price known for this machine" if plan.money_usd is None else f"{plan.money_usd:,.2f} USD",
     }
     if batch.activation_checkpointing:
         rows["step"] += "; blocks are computed twice, which takes a third longer"
     return rows
+
+
+def _download(plan: Plan) -> str:
+    """What is fetched before training; how fast the line is nobody knows offline."""
+    from picollm.estimate import DOWNLOAD_BYTES_PER_S
+
+    if not plan.download_bytes:
+        return "nothing"
+    time_s = plan.download_bytes / DOWNLOAD_BYTES_PER_S
+    return f"about {size(plan.download_bytes)}, {duration(round(time_s))} at {DOWNLOAD_BYTES_PER_S / 1e6:.0f} MB/s"
 
 
 def _counted(number: int, word: str, plural: str | None = None) -> str:

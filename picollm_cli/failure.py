@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from picollm import errors
-from picollm.errors import HostError, PicollmError, WorkerError
+from picollm.errors import HostError, IntegrityError, OutOfMemory, PicollmError, WorkerError
 from picollm.files import read_json
 from picollm.run_dir import StageDir
 
 LOG_LINES = 8
+# What Python, the dynamic loader and the C library say when a process cannot even load its libraries.
+_NO_MEMORY = re.compile(r"^MemoryError|failed to map segment from shared object|Cannot allocate memory")
 _SUMMARY = re.compile(r"^torch\.distributed\.elastic\.multiprocessing\.errors\.ChildFailedError", re.MULTILINE)
 _TORCHRUN = "torch/distributed/run.py"
 # The end of torchrun's summary; the failure that it saw first is the one that took the others along.
@@ -50,16 +52,30 @@ def explain(stage: StageDir, title: str, *, exit_code: int, log: Path, torchrun_
             )
         cause = f"torchrun: {trouble}"
     else:
-        cause = f"exit code {exit_code}" if exit_code >= 0 else _signal_text(-exit_code)
-    if lines := last_lines(log):
+        cause = end_of(exit_code)
+    lines = last_lines(log)
+    if lines and _NO_MEMORY.search(lines[-1]):
+        # Not even torch could be loaded, so the worker could not say it in its own words.
+        return OutOfMemory(
+            f"there is too little memory to start `{title}`",
+            cause=lines[-1],
+            hint=f"end other programs, or raise the limit (`ulimit -v`, the container's); {hint}",
+        )
+    if lines:
         cause = "\n    ".join([f"{cause}; its last lines:", *lines])
     return WorkerError(f"the training process of `{title}` died", cause=cause, hint=hint)
 
 
 def read_report(stage: StageDir) -> dict[str, Any] | None:
-    """What the first failing rank said: an error's fields, `rank` and `traceback`; None when no rank could."""
-    path = stage.log_dir / "error.json"
-    return read_json(path) if path.is_file() else None
+    """What the first failing rank said: an error's fields, `rank` and `traceback`; None when no rank could.
+
+    A rank that found the disk full, or was killed over it, leaves a torn one.
+    """
+    try:
+        found = read_json(stage.log_dir / "error.json")
+    except (FileNotFoundError, IntegrityError):
+        return None
+    return found if isinstance(found, dict) and {"type", "message", "cause", "hint"} <= found.keys() else None
 
 
 def from_report(report: dict[str, Any], *, hint: str | None = None) -> PicollmError | None:
@@ -96,6 +112,11 @@ def last_lines(path: Path) -> list[str]:
 def _again(stage: StageDir) -> str:
     step = saved_step(stage)
     return f"the same command continues from step {step}" if step else "the same command starts it again"
+
+
+def end_of(exit_code: int) -> str:
+    """An exit code in words; negative for a signal."""
+    return f"exit code {exit_code}" if exit_code >= 0 else _signal_text(-exit_code)
 
 
 def _signal_text(number: int) -> str:

@@ -84,25 +84,27 @@ class Inspection:
         return make_plan(self.config, self.machine, dataset_chars=self._dataset_chars())
 
     def dataset(self, name: str) -> Dataset | None:
-        """A dataset by name; None for the toy world's when they are not made yet."""
+        """A dataset by name; None for one that the run makes or fetches and that is not there, or not all of it."""
         from picollm.data.datasets import TOY_NAMES, Dataset
+        from picollm.data.registry import REGISTRY
         from picollm.errors import MissingArtifact
 
         try:
             found = Dataset.open(name)
             found.check_sizes()
         except MissingArtifact:
-            if name in TOY_NAMES:
+            if name in TOY_NAMES or name in REGISTRY:
                 return None
             raise
         return found
 
     def _dataset_chars(self) -> int | None:
         try:
-            dataset = self.dataset(self.config.data.dataset)
+            datasets = [self.dataset(name) for name, _ in self.config.data.sources]
         except PicollmError:
             return None  # the check `dataset` says why; the plan goes on with an estimate
-        return dataset.chars("train") if dataset else None
+        found = [dataset.chars("train") for dataset in datasets if dataset]
+        return sum(found) if len(found) == len(datasets) else None
 
     def require_config(self) -> None:
         """Resolve the config now, so that what is wrong with it is an error of the command.

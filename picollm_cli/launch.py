@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 # A worker notices within a second that its launcher died, and may then need half a minute to save.
 ORPHAN_WAIT_S = 60.0
+LOOK_FOR_ROOM_S = 5.0
+FULL_DISK_BYTES = 2**20
 AGAIN = "run the same command again to continue"
 
 
@@ -106,6 +108,8 @@ class Attempt:
         self.exit_code: int | None = None
         self.stopped = False
         self.signals = 0
+        self._phase = ""
+        self._looked, self._full = 0.0, False
         self._told = 0
         self._asked_at = 0.0
         self.name = attempt_id(stage)
@@ -161,6 +165,7 @@ class Attempt:
         while process.poll() is None:
             self._show(follower, view)
             self._answer_signals(process, view)
+            self._look_for_room()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_S)
         self._show(follower, view)
@@ -178,14 +183,34 @@ class Attempt:
         elif self.launch.nnodes > 1 and not self.stage.pid_path.exists():
             view.say(f"stopping {self.title}: no node has begun, so there is nothing to save")
             kill_tree(process)
+        elif self._phase.startswith("compiling") and self.launch.nnodes == 1:
+            # The first step of an attempt, and it may take minutes in which no worker can answer.
+            view.say(f"stopping {self.title}: no step since the last checkpoint, so there is nothing to save")
+            kill_tree(process)
         else:
             view.say(f"stopping {self.title}: saving first; Ctrl-C again kills it")
         self._told = self.signals
+
+    def _look_for_room(self) -> None:
+        """Warn, once each time, when the disk is full: a worker goes on, and its own warning finds no room either."""
+        from picollm.hardware import disk_free
+
+        if (now := time.monotonic()) - self._looked < LOOK_FOR_ROOM_S:
+            return
+        self._looked = now
+        full = disk_free(self.stage.path) < FULL_DISK_BYTES
+        if full and not self._full:
+            self.out.warn(
+                f"the disk of `{self.stage.run.base}` is full: {self.title} goes on but can save nothing; free room"
+            )
+        self._full = full
 
     def _show(self, follower: EventFollower, view: StageView) -> None:
         for event in follower.poll():
             if event["kind"] == "stage_start":
                 self.stopped = False  # torchrun stops ranks that it starts again
+            elif event["kind"] == "phase":
+                self._phase = str(event.get("text") or "")
             elif event["kind"] == "stage_end" and event.get("reason") == "stopped":
                 self.stopped = True
             view.show(event)

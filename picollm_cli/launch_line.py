@@ -13,6 +13,7 @@ from picollm.run_dir import StageDir
 RESTARTS = 3
 # How long a node waits in torchrun for the others to come, at the start and after a restart.
 JOIN_TIMEOUT_S = 600
+MAX_PORT = 65_535
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ def parse_launch(text: str | None) -> Launch:
                 cause=f"keys are {', '.join(f'`{name}`' for name in known)}",
                 hint=did_you_mean(key, known, otherwise=hint),
             )
+        if key in values:
+            raise ConfigError(f"`--launch {text}` cannot be read", cause=f"it says `{key}` twice", hint=hint)
         if key == "rdzv":
             host, _, port = value.rpartition(":")
-            if not host or not port.isdecimal():
+            if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
                 cause = "it must be node 0's name or address and a free port there"
                 raise ConfigError(f"`--launch rdzv={value}` is not `host:port`", cause=cause, hint=hint)
             values[key] = value

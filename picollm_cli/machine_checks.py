@@ -161,8 +161,9 @@ def check_dtype(at: Inspection) -> Check:
     from picollm.plan import choose_dtype
 
     dtype, reason = choose_dtype(at.config, at.machine)
-    fact = at.torch["bf16" if dtype == "bfloat16" else "fp32"]
-    if not fact["works"]:
+    # In float64, and in float16 on a CPU, nothing was tried.
+    fact = at.torch[{"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32")]
+    if fact and not fact["works"]:
         return Check("dtype", "block", f"{dtype}: {fact['error']}", "choose another with `--set train.dtype=float32`")
     fp32, bf16 = (at.torch[name]["flops_per_s"] for name in ("fp32", "bf16"))
     rates = f"; matrix products: float32 {rate_text(fp32)}, bfloat16 {rate_text(bf16)}"
@@ -174,20 +175,15 @@ def check_dtype(at: Inspection) -> Check:
 
 
 def check_attention(at: Inspection) -> Check:
-    from picollm.attention_choice import AttentionDevice, Kernel, choose_attention, mismatch
+    from picollm.attention_choice import AttentionDevice, Kernel, attention_for, mismatch
     from picollm.plan import choose_dtype
     from picollm.scaling import architecture
 
     facts, arch = at.torch["attention"], architecture(at.config, at.config.tokenizer.vocab_size)
     try:
-        choice = choose_attention(
-            AttentionDevice.from_json(facts["device"]),
-            choose_dtype(at.config, at.machine)[0],
-            arch.max_position_embeddings,
-            windows=arch.sliding_window is not None,
-            requested=at.config.model.attention,
-            head_size=arch.head_dim,
-        )
+        dtype, device = choose_dtype(at.config, at.machine)[0], AttentionDevice.from_json(facts["device"])
+        documents = at.config.data.packing == "documents"
+        choice = attention_for(arch, dtype, device, at.config.model.attention, documents=documents)
     except ConfigError as error:
         return Check("attention", "block", f"{error.message}: {error.cause}", error.hint)
     detail, backends = f"{choice}: {choice.reason}", dict.fromkeys(filter(None, (choice.full, choice.window)))

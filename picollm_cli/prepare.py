@@ -8,6 +8,7 @@ import signal
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from picollm.data.registry import REGISTRY
 from picollm.errors import ConfigError, HostError, MissingArtifact
 from picollm.events import EventWriter
 from picollm.files import SCHEMA, write_json
@@ -114,11 +115,13 @@ def open_run(
     force: Collection[str] = (),
     launch: Launch = Launch(),
     yes: bool = False,
+    downloads: bool = False,
 ) -> Iterator[Prepared]:
     """Resolve and store a run, and hold its lock for the life of the block: how a command starts work on a run.
 
     Args:
         force: stages that start over; their folders move to `old/` first.
+        downloads: the command fetches datasets of the registry that are not there.
 
     Raises:
         ConfigError, MissingArtifact, IntegrityError: as in `resolve_run`; or a new run's dataset is not there.
@@ -132,7 +135,7 @@ def open_run(
     check_launch(launch)
     prepared = resolve()
     if prepared.new:
-        _check_datasets(prepared)
+        _check_datasets(prepared, downloads)
     check_host(out, prepared, launch, yes=yes)
     with using_run(prepared.run):
         prepared = resolve()
@@ -142,14 +145,15 @@ def open_run(
         yield prepared
 
 
-def _check_datasets(prepared: Prepared) -> None:
+def _check_datasets(prepared: Prepared, downloads: bool) -> None:
     """Raises MissingArtifact or IntegrityError for the first dataset that a new run cannot be trained on."""
     from picollm.data.datasets import TOY_NAMES, Dataset
 
     config = prepared.config
-    for name in (config.data.dataset, *(part.dataset for part in config.sft.mix)):
-        if name not in TOY_NAMES:  # those are generated when they are needed
-            Dataset.open(name)
+    for name in (*(name for name, _ in config.data.sources), *(part.dataset for part in config.sft.mix)):
+        if name in TOY_NAMES or (downloads and name in REGISTRY):
+            continue  # generated or fetched when they are needed
+        Dataset.open(name)
 
 
 def store_run(prepared: Prepared) -> None:
@@ -226,8 +230,10 @@ def check_launch(launch: Launch) -> None:
 
     Raises:
         ConfigError: more processes on this machine than GPUs.
-        HostError: several GPUs, and torch cannot make them talk to each other.
+        HostError: several GPUs, and torch cannot make them talk to each other; or nodes, and node 0 has no address.
     """
+    import socket
+
     from picollm.hardware import detect
     from picollm.runtimes import check_ranks
 
@@ -243,6 +249,15 @@ def check_launch(launch: Launch) -> None:
                 cause=f"torch {facts['torch']} was built without it",
                 hint="install a CUDA build of torch (https://pytorch.org/get-started), or train with one process",
             )
+    if launch.nnodes > 1:
+        try:
+            socket.getaddrinfo(launch.lead_host, None)
+        except OSError as error:
+            raise HostError(
+                f"`rdzv={launch.rdzv}` names no machine",
+                cause=error.strerror or str(error),
+                hint="give node 0's name as this machine knows it (`getent hosts NAME`), or its address",
+            ) from error
 
 
 def plan_of(prepared: Prepared, launch: Launch = Launch()) -> Plan:
@@ -251,11 +266,33 @@ def plan_of(prepared: Prepared, launch: Launch = Launch()) -> Plan:
     from picollm.hardware import detect
     from picollm.plan import make_plan
 
+    used, pretrain = prepared.run.dataset_hashes(), prepared.run.stage("pretrain")
+
+    def made(chars: int | None, missing: int) -> Plan:
+        return make_plan(
+            prepared.config,
+            detect(),
+            ranks=launch.ranks,
+            ranks_per_node=launch.nproc,
+            dataset_chars=chars,
+            missing_bytes=missing,
+            stored=pretrain.read_prepared()["recipe"] if pretrain.config_path.is_file() else None,
+        )
+
     try:
-        chars = Dataset.open(prepared.config.data.dataset).chars("train")
+        found = [Dataset.open(name, keep=used) for name, _ in prepared.config.data.sources]
     except MissingArtifact:
-        chars = None
-    return make_plan(prepared.config, detect(), ranks=launch.ranks, ranks_per_node=launch.nproc, dataset_chars=chars)
+        return made(None, 0)
+    chars = sum(dataset.chars("train") for dataset in found)
+    missing = sum(file.bytes for dataset in found for file in dataset.missing())
+    plan = made(chars, missing)
+    known = REGISTRY.get(found[0].name)
+    if known is None or len(found) > 1 or used or not found[0].is_downloaded:
+        return plan
+    # A run that has not begun takes as many shards as its tokens need.
+    if (more := known.shards_for(plan.pretrain.tokens) - len(found[0].of("train"))) > 0:
+        return made(chars + more * known.shard_chars, missing + more * known.shard_bytes)
+    return plan
 
 
 def disk_needed(plan: Plan, run: RunDir | None) -> int:

@@ -17,7 +17,6 @@ from picollm_cli.prepare import Prepared, note
 
 if TYPE_CHECKING:
     from picollm.config.recipe import Source, TrainRecipe, TrainRuntime
-    from picollm.config.schema import RunConfig
     from picollm.data.datasets import Dataset
 
 
@@ -35,9 +34,12 @@ def prepare_pretrain(prepared: Prepared, launch: Launch = Launch()) -> StageDir:
     run, config = prepared.run, prepared.config
     require_tokenizer(run)
     tokenizer = Tokenizer.load(run.tokenizer)
-    source = _source(_dataset(config.data.dataset, "text", "data.dataset", run))
     recipe = pretrain_recipe(
-        config, detect(), tokenizer_vocab=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256, data=(source,)
+        config,
+        detect(),
+        tokenizer_vocab=tokenizer.vocab_size,
+        tokenizer_sha256=tokenizer.sha256,
+        data=_text_sources(run, config),
     )
     return _store_training(prepared, run.stage("pretrain"), recipe, launch)
 
@@ -109,7 +111,7 @@ def prepare_eval(run: RunDir, stage: str, suite: str) -> StageDir:
             source=stage,
             checkpoint_sha256=sha256,
             step=step,
-            data=_source(_dataset(config.data.dataset, "text", "data.dataset", run)),
+            data=_text_sources(run, config),
             questions=config.eval.questions,
             max_new_tokens=config.eval.max_new_tokens,
             bpb_tokens=config.eval.bpb_tokens,
@@ -179,6 +181,8 @@ def _dataset(name: str, kind: str, key: str, run: RunDir) -> Dataset:
     from picollm.data.datasets import ensure
 
     dataset = ensure(name, keep=run.dataset_hashes())
+    if dataset.is_downloaded:
+        dataset.rows()  # before a worker starts: all of it is here, and what was touched since it came is hashed again
     if dataset.kind != kind:
         raise ConfigError(
             f"`{key}` cannot be `{name}`",
@@ -186,6 +190,12 @@ def _dataset(name: str, kind: str, key: str, run: RunDir) -> Dataset:
             hint="`picollm data list` shows which is which",
         )
     return dataset
+
+
+def _text_sources(run: RunDir, config: RunConfig) -> tuple[Source, ...]:
+    """The datasets that pretraining reads, as they are now."""
+    key = "data.mix" if config.data.mix else "data.dataset"
+    return tuple(_source(_dataset(name, "text", key, run), weight) for name, weight in config.data.sources)
 
 
 def _source(dataset: Dataset, weight: float = 1.0) -> Source:
@@ -208,17 +218,17 @@ def _conversation_tokens(stage: StageDir, run: RunDir, datasets: list[Dataset], 
 
 
 def _stored(stage: StageDir) -> dict[str, Any] | None:
-    return stage.read_config() if stage.config_path.is_file() else None
+    return stage.read_prepared() if stage.config_path.is_file() else None
 
 
 def _store_training(prepared: Prepared, stage: StageDir, recipe: TrainRecipe, launch: Launch) -> StageDir:
     """Keep what was decided for another machine before, derive the runtime, and write the stage's config."""
     from picollm.hardware import detect
-    from picollm.plan import check_fp8, train_runtime
+    from picollm.plan import check_fp8, keep_precision, train_runtime
 
     machine, stored = detect(), _stored(stage)
     if stored:
-        recipe = _keep_precision(recipe, stored["recipe"], prepared.config)
+        recipe = keep_precision(recipe, stored["recipe"], prepared.config)
     if recipe.fp8:
         check_fp8(machine, recipe.dtype)
     runtime = train_runtime(prepared.config, machine, recipe, ranks=launch.ranks, ranks_per_node=launch.nproc)
@@ -226,19 +236,6 @@ def _store_training(prepared: Prepared, stage: StageDir, recipe: TrainRecipe, la
         runtime = _keep_threads(runtime, earlier["runtime"])
     _write_stage(stage, recipe.stage, recipe.model_dump(mode="json"), runtime.model_dump(mode="json"))
     return stage
-
-
-def _keep_precision(recipe: TrainRecipe, stored: dict[str, Any], config: RunConfig) -> TrainRecipe:
-    """Compute type and fp8, with their reasons, as first decided: what was left open must not change with the machine.
-
-    A reason also stays where a value that was asked for is still the same.
-    """
-    kept: list[str] = []
-    if config.train.dtype in ("auto", stored["dtype"]):
-        kept += ["dtype", "dtype_reason"]
-    if config.train.fp8 in (None, stored["fp8"]):
-        kept += ["fp8", "fp8_reason"]
-    return recipe.model_copy(update={key: stored[key] for key in kept})
 
 
 def _keep_threads(runtime: TrainRuntime, earlier: dict[str, Any]) -> TrainRuntime:
@@ -283,6 +280,8 @@ def _write_stage(stage: StageDir, name: str, recipe: dict[str, Any], runtime: di
         for key, new in runtime.items():
             if (old := stored["runtime"].get(key)) != new:
                 note(stage.run, stage.name, f"runtime {key}: {old} -> {new}")
+                if key == "device_batch_size":  # a back-off from the old one says nothing about the new one
+                    stage.runtime_path.unlink(missing_ok=True)
     with disk_errors(stage.path):
         stage.path.mkdir(parents=True, exist_ok=True)
     write_json(stage.config_path, value)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from hub_server import Hub
+
+# Tests are imported by path; `hub_server` is what several rooms of them share.
+sys.path.insert(0, str(Path(__file__).parent))
 
 # Before anything imports torch: models this small are faster on one thread, and their sums come in one order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -39,3 +48,20 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no shared/data beside the checkout")
     return SHARED_DATA
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub on 127.0.0.1 with dataset `org/set` of six small shards, which the real client takes for the Hub."""
+    import huggingface_hub.constants
+    from hub_server import Hub, parquet, shard
+    from huggingface_hub.utils import close_session
+
+    server = Hub({f"shard_{number:05d}.parquet": parquet(shard(number)) for number in range(6)})
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    # The client read its own environment when it was imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "hf/token"))
+    yield server
+    close_session()
+    server.close()

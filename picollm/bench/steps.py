@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from picollm.attention_choice import choose_attention
+from picollm.attention_choice import attention_for
 from picollm.bench.profiling import kernel_times, shares
 from picollm.bench.rows import Row, Shapes
 from picollm.bench.timing import synchronize
@@ -88,7 +88,7 @@ def trainee(
         ranks=1, threads=1, device_batch_size=rows, attention="auto", compile=on_gpu and not whole,
         checkpoint_every=1, keep_last=1, eval_every=None, eval_tokens=1,
     )  # fmt: skip
-    attention = choose_attention(attention_device(device), "bfloat16", shapes.row, head_size=shapes.head_dim)
+    attention = attention_for(arch, "bfloat16", attention_device(device))
     trainer = build_trainer(recipe, runtime, attention, device)
     first = torch.randint(arch.vocab_size, (rows, 1), generator=torch.Generator().manual_seed(0))
     steps = torch.arange(shapes.row + 1)[None]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from picollm.attention_choice import choose_attention
+from picollm.attention_choice import attention_for
 from picollm.bench.profiling import kernel_times, shares
 from picollm.bench.timing import synchronize
 from picollm.config.recipe import TrainRecipe, TrainRuntime
@@ -60,18 +60,12 @@ def measure(
 
     Returns:
         tokens_per_s (all ranks), step_s (median) and its spread, first_step_s (compiling), mfu and mfu_causal (shares
-        of the bf16 peak; None without a data sheet), peak_gib of a rank (tensors of a GPU, the process on a CPU) and estimated_gib, parts_s (forward, backward,
-        update of one step), kernels (share of a micro-step by kind; GPUs only), attention, loss of first and last step.
+        of the compute type's peak; None without a data sheet), peak_gib of a rank (tensors of a GPU, the process on a
+        CPU) and estimated_gib, parts_s (forward, backward, update of one step), kernels (share of a micro-step by
+        kind; GPUs only), attention, loss of first and last step.
     """
     arch = recipe.model
-    attention = choose_attention(
-        attention_device(device),
-        recipe.dtype,
-        arch.max_position_embeddings,
-        windows=arch.sliding_window is not None,
-        requested=runtime.attention,
-        head_size=arch.head_dim,
-    )
+    attention = attention_for(arch, recipe.dtype, attention_device(device), runtime.attention)
     trainer = build_trainer(recipe, runtime, attention, device)
     batches = synthetic(recipe, runtime, rank, device)
     tell("compiling…" if runtime.compile else "first step…")

@@ -82,7 +82,7 @@ class ModelConfig(Section):
     """A token's embedding takes up some of the one before it."""
     backout: bool | None = None
     """A share of the stream of the middle layer is taken out again before the head."""
-    attention: Literal["auto"] | AttentionBackend = "auto"
+    attention: Literal["auto", AttentionBackend] = "auto"
     """Kernel for attention; `auto` chooses by device, dtype, T, windows and what is installed."""
 
 

@@ -64,6 +64,8 @@ class TrainRecipe(Section):
     rates: Rates
     schedule: Schedule
     data: tuple[Source, ...]
+    packing: Literal["best_fit", "concat", "documents", "whole"] = "best_fit"
+    """`whole` is how conversations are packed."""
     buffer_documents: int = Field(ge=1)
     tokenizer_sha256: str
     init_from: str | None = None
@@ -76,7 +78,7 @@ class TrainRuntime(Section):
     ranks: int = Field(ge=1)
     threads: int = Field(ge=1)
     device_batch_size: int = Field(ge=1)
-    attention: Literal["auto"] | AttentionBackend
+    attention: Literal["auto", AttentionBackend]
     compile: bool
     activation_checkpointing: bool = False
     checkpoint_every: int = Field(ge=1)
@@ -85,6 +87,8 @@ class TrainRuntime(Section):
     eval_every: int | None
     """Steps between validation passes; None validates only at the end."""
     eval_tokens: int = Field(ge=1)
+    cache_gib: float = Field(default=0.0, ge=0)
+    """Room for the token cache; 0 for none, as where conversations are read."""
 
 
 class EvalRecipe(Section):
@@ -96,8 +100,8 @@ class EvalRecipe(Section):
     """Training stage whose model is scored."""
     checkpoint_sha256: str
     step: int
-    data: Source
-    """Dataset whose validation split `bpb` reads."""
+    data: tuple[Source, ...]
+    """Datasets whose validation splits `bpb` reads."""
     questions: int
     max_new_tokens: int
     bpb_tokens: int | None

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from picollm.config.keys import flatten, nest
+from picollm.config.keys import NAMED_TABLES, flatten, nest, split_named
 from picollm.config.presets import PRESETS
 from picollm.config.schema import RUNTIME_KEYS, RunConfig
 from picollm.errors import ConfigError, IntegrityError, did_you_mean, nearest
@@ -190,8 +190,9 @@ def _environ_layers(environ: Mapping[str, str]) -> list[_Layer]:
 
 def _text_layer(key: str, text: str, source: str) -> _Layer:
     """One value from text: a TOML value, else a plain string; `none` gives a key back to the plan."""
-    _check_key(key, source)
-    annotation = known_keys()[key]
+    table, name = split_named(key)
+    _check_key(table, source)
+    annotation = known_keys()[table]
     try:
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
@@ -201,7 +202,7 @@ def _text_layer(key: str, text: str, source: str) -> _Layer:
         value = text  # a dataset may be called 2024
     elif value == "none" and type(None) in typing.get_args(annotation):
         value = None
-    return _Layer(source, nest({key: value}))
+    return _Layer(source, nest({table: value if name is None else {name: value}}))
 
 
 def _build(preset: str, base: dict[str, Any], sources: dict[str, str], layers: list[_Layer]) -> Resolved:
@@ -211,6 +212,10 @@ def _build(preset: str, base: dict[str, Any], sources: dict[str, str], layers: l
         # Steps win over a ratio, so a ratio asked for above a preset's steps would do nothing.
         if "train.ratio" in values and "train.steps" not in values and merged.get("train.steps") is not None:
             values["train.steps"] = None
+        for key in NAMED_TABLES & values.keys():
+            # Key by key, as sections are; an empty table leaves nothing of those below.
+            if values[key] and isinstance(values[key], Mapping):
+                values[key] = {**(merged.get(key) or {}), **values[key]}
         merged |= values
         sources |= dict.fromkeys(values, layer.source)
     try:
@@ -284,6 +289,7 @@ _TYPE_NAMES = {
     "bool_type": "`true` or `false`",
     "string_type": "a string",
     "tuple_type": "a list",
+    "dict_type": "a table of datasets and weights, such as `{{ peps = 3, rfcs = 1 }}`",
     "string_pattern_mismatch": "text of the form {pattern}",
 }
 _BOUNDS = {

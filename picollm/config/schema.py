@@ -39,5 +39,6 @@ RUNTIME_KEYS = frozenset(
         "train.eval_every",
         "train.eval_tokens",
         "model.attention",
+        "data.cache_gib",
     }
 )

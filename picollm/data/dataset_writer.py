@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import time
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -142,8 +141,17 @@ class DatasetWriter:
     def add(self, split: Split, row: str | Conversation) -> None:
         """Append a document or a conversation, whichever `start` announced."""
         line, num_chars = (row, len(row)) if isinstance(row, str) else (conversation_line(row), row.num_chars)
+        self.add_line(split, line, num_chars, len(line.encode()))
+
+    def add_line(self, split: Split, line: str, num_chars: int, num_bytes: int) -> None:
+        """As `add`, of a row that is known already: a document, or what `conversation_line` made.
+
+        Args:
+            num_chars: of its text.
+            num_bytes: of the line in UTF-8.
+        """
         with disk_errors(self._temporary):
-            self._shards[split].add(line, num_chars, len(line.encode()))
+            self._shards[split].add(line, num_chars, num_bytes)
 
     def rows(self, split: Split) -> int:
         return self._shards[split].rows
@@ -177,7 +185,7 @@ class DatasetWriter:
         } | {"rejected": rejected or {}}
         record = {
             "schema": SCHEMA, "name": self.name, "kind": self._kind, "source": source, "created_by": __version__,
-            "files": [asdict(file) for file in files], "totals": totals,
+            "files": [file.to_json() for file in files], "totals": totals,
         }  # fmt: skip
         write_json(self._temporary / RECORD_NAME, record)
         final = self._parent / self.name

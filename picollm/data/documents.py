@@ -28,21 +28,27 @@ class Documents(Sequence[str]):
     """
 
     def __init__(
-        self, folder: Path, files: Sequence[ShardFile], damaged: Callable[[ShardFile, str], IntegrityError]
+        self,
+        folder: Path,
+        files: Sequence[ShardFile],
+        damaged: Callable[[ShardFile, str], IntegrityError],
+        *,
+        column: str = "text",
     ) -> None:
         """Nothing is opened before the first row is asked for.
 
         Args:
             folder: where the shards are.
-            files: those of the split, in order.
+            files: those of the split, in order, with their rows.
             damaged: makes the error for a shard that cannot be read, from the shard and the cause.
+            column: holds the text; a null in it reads as an empty text.
         """
-        self._folder, self._files, self._damaged = folder, files, damaged
+        self._folder, self._files, self._damaged, self._column = folder, files, damaged, column
         self._cache: OrderedDict[int, pyarrow.Array] = OrderedDict()
         self._open: dict[int, pyarrow.parquet.ParquetFile] = {}
 
     def __len__(self) -> int:
-        return sum(file.rows for file in self._files)
+        return sum(file.rows or 0 for file in self._files)
 
     @cached_property
     def _groups(self) -> list[tuple[int, int]]:
@@ -64,7 +70,7 @@ class Documents(Sequence[str]):
                 parquet = pyarrow.parquet.ParquetFile(self._folder / file.name, page_checksum_verification=True)
             except (pyarrow.ArrowException, OSError) as error:
                 raise self._damaged(file, f"it is not readable parquet: {first_line(error)}") from error
-            if parquet.metadata.num_rows != file.rows or "text" not in parquet.schema_arrow.names:
+            if parquet.metadata.num_rows != file.rows or self._column not in parquet.schema_arrow.names:
                 raise self._damaged(file, f"it does not hold the {file.rows:,} rows of its record")
             self._open[index] = parquet
         return self._open[index]
@@ -74,14 +80,14 @@ class Documents(Sequence[str]):
 
         index, inside = self._groups[group]
         try:
-            table = self._parquet(index).read_row_group(inside, columns=["text"], use_threads=False)
+            table = self._parquet(index).read_row_group(inside, columns=[self._column], use_threads=False)
         except (pyarrow.ArrowException, OSError) as error:
             raise self._damaged(self._files[index], f"row group {inside}: {first_line(error)}") from error
         return table.column(0).combine_chunks()
 
     def _text(self, group: int, value: pyarrow.Scalar) -> str:
         try:
-            return value.as_py()
+            return value.as_py() or ""
         except UnicodeDecodeError as error:
             raise self._damaged(self._files[self._groups[group][0]], str(error)) from error
 

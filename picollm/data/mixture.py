@@ -58,11 +58,14 @@ class Mixture:
             _Part(source, DocumentOrder(source.num_documents, seed if i == 0 else f"{seed}/{i}"), weight, first)
             for i, (source, weight, first) in enumerate(zip(sources, weights, firsts, strict=False))
         ]
-        self._total = sum(weights)
 
     @property
     def num_documents(self) -> int:
         return sum(part.source.num_documents for part in self._parts)
+
+    @property
+    def num_sources(self) -> int:
+        return len(self._parts)
 
     @property
     def epochs(self) -> list[float]:

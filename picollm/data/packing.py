@@ -1,8 +1,9 @@
-"""Token sequences -> rows of T + 1 tokens, exactly resumable, equal for any number of ranks.
+"""Documents -> rows of T + 1 tokens, decided by their lengths alone; exactly resumable, equal on any number of ranks.
 
-Every row starts with bos. Text longer than a row is cut into pieces of T tokens, each behind a bos of its own, and
-nothing is thrown away: when no piece fits a row's rest, one is cut to fill it and its tail goes back to the buffer.
-Conversations are never cut; a row's rest is padded and carries no loss.
+Every row starts with bos, and every piece of a document in it stands behind a bos of its own. `best_fit` looks for the
+longest piece that fits among a buffer of them; where none fits, one is cut to fill the row and its tail goes back to
+the buffer, so nothing is thrown away. `documents` makes the same rows, in which attention stays inside pieces. `concat`
+takes documents in order. Conversations (`whole`) are never cut; a row's rest is padded and carries no loss.
 
 Letters: T tokens a row predicts, B rows of a batch.
 """
@@ -11,160 +12,210 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from picollm.data.mixture import Mixture
 from picollm.errors import ConfigError
 
+Packing = Literal["best_fit", "concat", "documents", "whole"]
 IGNORED = -1  # target of a position that carries no loss
 SHORTEST_PIECE = 8  # tokens; a shorter rest of a row is not worth cutting a piece for when padding is free
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One document or conversation: its tokens behind the bos and, for conversations, which of them carry loss."""
+class Piece(NamedTuple):
+    """Part of a document that waits for a row; sorts by length."""
 
-    ids: np.ndarray  # (n,) int32, without bos
-    mask: np.ndarray | None = None  # (n,) bool
+    size: int
+    document: int
+    start: int
 
 
-# index of documents -> their encodings, in the same order
-Encode = Callable[[Sequence[int]], list[Encoded]]
+class Placed(NamedTuple):
+    """Part of a document in a row; `ends` where the document ends with it."""
+
+    document: int
+    start: int
+    size: int
+    ends: bool
 
 
 class RowPacker:
-    """An endless stream of packed rows over documents in a seeded order, one new permutation per epoch.
+    """An endless stream of packed rows.
 
     Args:
-        encode: tokenises documents by index; called with batches of them.
-        num_documents: how many there are.
+        documents: what to pack, in the order in which it is drawn.
         length: T.
         bos: id that starts every row and piece.
-        seed: of the order.
+        seed: of the choice of the piece that starts a row.
         buffer_size: pieces among which the best fit is looked for.
-        cut: pieces may be cut (text) or not (conversations).
+        packing: see the module.
     """
 
-    ENCODE_BATCH = 64
+    DRAW = 64  # documents drawn at a time
 
     def __init__(
-        self, encode: Encode, num_documents: int, *, length: int, bos: int, seed: int, buffer_size: int, cut: bool
+        self, documents: Mixture, *, length: int, bos: int, seed: int, buffer_size: int, packing: Packing = "best_fit"
     ) -> None:
-        if num_documents < 1:
-            raise ConfigError("there is nothing to train on", cause="the dataset has no documents")
-        self.encode, self.num_documents, self.length, self.bos = encode, num_documents, length, bos
-        self.seed, self.buffer_size, self.cut = seed, buffer_size, cut
-        self.drawn = 0  # documents taken from the order so far
+        self.documents, self.length, self.bos = documents, length, bos
+        self.seed, self.buffer_size, self.packing = seed, buffer_size, packing
         self.row = 0  # rows produced so far
         self.tokens = 0  # tokens of text placed in them
-        self._pieces: list[tuple[int, int, int]] = []  # (tokens, document, start), sorted; the buffer
-        self._texts: dict[int, Encoded] = {}  # encodings of the documents in the buffer
-        self._order: tuple[int, list[int]] | None = None  # (epoch, permutation)
+        self.cut_tokens = 0  # of these, in pieces that end before their document or its T-token part does
+        self._pieces: list[Piece] = []  # the buffer, sorted
+        self._sizes: dict[int, int] = {}  # tokens of the documents in the buffer
+        self._forgotten = 0  # row at which documents were let go last
 
     @property
     def epoch(self) -> float:
-        """Passes over the documents, by what has been drawn."""
-        return self.drawn / self.num_documents
+        """Passes over the dataset that was drawn most often."""
+        return max(self.documents.epochs)
 
-    # -- order and buffer --
+    @property
+    def cut_share(self) -> float:
+        """Share of the tokens so far that stand in pieces cut to fill a row."""
+        return self.cut_tokens / max(1, self.tokens)
 
-    def _document_at(self, position: int) -> int:
-        epoch, offset = divmod(position, self.num_documents)
-        if self._order is None or self._order[0] != epoch:
-            order = list(range(self.num_documents))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self._order[1][offset]
+    # -- the plan: lengths alone --
 
     def _fill(self) -> None:
-        empty_epochs_from = self.drawn
+        if self.packing == "concat":
+            while not self._pieces:
+                document, size = self.documents.draw()
+                if size:
+                    self._sizes[document] = size
+                    self._pieces.append(Piece(size, document, 0))
+            return
         while len(self._pieces) < self.buffer_size:
-            wanted = [self._document_at(self.drawn + i) for i in range(self.ENCODE_BATCH)]
-            for document, encoded in zip(wanted, self.encode(wanted), strict=True):
-                self.drawn += 1
-                n = len(encoded.ids)
-                if not self.cut and n > self.length:
-                    encoded = Encoded(encoded.ids[: self.length], encoded.mask[: self.length])
-                    n = self.length
-                if n == 0 or (encoded.mask is not None and not encoded.mask.any()):
-                    continue
-                self._texts[document] = encoded
-                for start in range(0, n, self.length):
-                    bisect.insort(self._pieces, (min(self.length, n - start), document, start))
-            if not self._pieces and self.drawn - empty_epochs_from > self.num_documents:
-                raise ConfigError("there is nothing to train on", cause="no document has a token that carries loss")
+            for _ in range(self.DRAW):
+                document, size = self.documents.draw()
+                if size:
+                    self._sizes[document] = size
+                    for start in range(0, size, self.length):
+                        bisect.insort(self._pieces, Piece(min(self.length, size - start), document, start))
 
-    def _take(self, room: int, first: bool) -> tuple[int, int, int] | None:
+    def _take(self, room: int, first: bool) -> Piece | None:
         """A piece of at most `room` tokens: any for a row's start (a random one), else the longest that fits."""
-        if first:
-            key = hashlib.blake2b(f"{self.seed}/{self.row}".encode(), digest_size=8).digest()
-            return self._pieces.pop(int.from_bytes(key) % len(self._pieces))
-        at = bisect.bisect_right(self._pieces, (room, self.num_documents, 0)) - 1
-        if at >= 0:
-            return self._pieces.pop(at)
-        if not self.cut:
-            return None
-        size, document, start = self._pieces.pop(0)  # the shortest of those too long
-        bisect.insort(self._pieces, (size - room, document, start + room))
-        return (room, document, start)
+        if self.packing != "concat":
+            if first:
+                key = hashlib.blake2b(f"{self.seed}/{self.row}".encode(), digest_size=8).digest()
+                return self._pieces.pop(int.from_bytes(key) % len(self._pieces))
+            at = bisect.bisect_right(self._pieces, (room, 1 << 62, 0)) - 1
+            if at >= 0:
+                return self._pieces.pop(at)
+            if self.packing == "whole":
+                return None
+        size, document, start = self._pieces.pop(0)  # the shortest of those too long, or the next in order
+        if size > room:
+            bisect.insort(self._pieces, Piece(size - room, document, start + room))
+            self.cut_tokens += room
+        return Piece(min(size, room), document, start)
 
-    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T + 1,) int32, carries-loss (T + 1,) bool); the mask of position i is about predicting it."""
+    def plan_row(self) -> list[Placed]:
+        """The pieces of the next row, in order."""
         self._fill()
-        width = self.length + 1
-        ids = np.full(width, self.bos, dtype=np.int32)
-        mask = np.zeros(width, dtype=bool)
+        placed: list[Placed] = []
         used = 0
-        ended = False
-        while used < width - 1 and self._pieces:
-            room = width - used - 1  # after this piece's bos
-            if used and not self.cut and room < SHORTEST_PIECE:
+        while used < self.length:
+            room = self.length - used  # behind this piece's bos
+            if used and self.packing == "whole" and room < SHORTEST_PIECE:
                 break
+            if not self._pieces:
+                if self.packing != "concat":
+                    break
+                self._fill()
             piece = self._take(room, first=used == 0)
             if piece is None:
                 break
             size, document, start = piece
-            encoded = self._texts[document]
-            span = slice(used + 1, used + 1 + size)
-            ids[span] = encoded.ids[start : start + size]
-            mask[span] = True if encoded.mask is None else encoded.mask[start : start + size]
-            # In text the next document's bos is worth predicting where a document really ended before it.
-            mask[used] = encoded.mask is None and ended
-            ended = start + size == len(encoded.ids)
+            placed.append(Placed(document, start, size, start + size == self._sizes[document]))
             used += 1 + size
             self.tokens += size
         self.row += 1
-        if self.row % 64 == 0:
-            self._forget()
+        return placed
+
+    # -- rows: the plan with its tokens --
+
+    def gather(self, placed: list[Placed], ids: np.ndarray, mask: np.ndarray) -> None:
+        """Write a row: `ids` (T + 1,) and `mask` (T + 1,), whose position i is about predicting token i."""
+        ids[:] = self.bos
+        mask[:] = False
+        at, text_ended = 0, False
+        for document, start, size, ends in placed:
+            span = slice(at + 1, at + 1 + size)
+            self.documents.copy(document, start, ids[span], mask[span])
+            # In text the next document's bos is worth predicting where a document really ended before it.
+            mask[at] = text_ended
+            text_ended = ends and self.packing != "whole"
+            at += 1 + size
+
+    def count(self, placed: list[Placed]) -> int:
+        """Positions of a row that carry loss."""
+        if self.packing == "whole":  # only the conversations' own masks tell
+            ids, mask = np.empty(self.length + 1, dtype=np.int32), np.empty(self.length + 1, dtype=bool)
+            self.gather(placed, ids, mask)
+            return int(mask[1:].sum())
+        return sum(piece.size for piece in placed) + sum(piece.ends for piece in placed[:-1])
+
+    def next_row(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (T + 1,) int32, carries-loss (T + 1,) bool) of the next row."""
+        ids, mask = np.empty(self.length + 1, dtype=np.int32), np.empty(self.length + 1, dtype=bool)
+        self.gather(self.plan_row(), ids, mask)
+        self.forget()
         return ids, mask
 
-    def _forget(self) -> None:
-        held = {document for _, document, _ in self._pieces}
-        self._texts = {document: text for document, text in self._texts.items() if document in held}
+    def forget(self) -> None:
+        """Let go of documents that are in no piece any more; call it when the rows so far are gathered."""
+        if self.row - self._forgotten >= 64:
+            self._forgotten = self.row
+            held = {piece.document for piece in self._pieces}
+            self._sizes = {document: size for document, size in self._sizes.items() if document in held}
+            self.documents.keep(held)
 
     # -- state --
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as JSON."""
-        return {"drawn": self.drawn, "row": self.row, "tokens": self.tokens, "pieces": [list(p) for p in self._pieces]}
+        return {
+            "row": self.row, "tokens": self.tokens, "cut_tokens": self.cut_tokens,
+            "drawn": self.documents.state(), "pieces": [list(piece) for piece in self._pieces],
+            "sizes": [[piece.document, self._sizes[piece.document]] for piece in self._pieces],
+        }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; the documents in its buffer are encoded again."""
-        self.drawn, self.row, self.tokens = state["drawn"], state["row"], state["tokens"]
-        self._pieces = [(size, document, start) for size, document, start in state["pieces"]]
-        documents = sorted({document for _, document, _ in self._pieces})
-        self._texts = {}
-        for at in range(0, len(documents), self.ENCODE_BATCH):
-            part = documents[at : at + self.ENCODE_BATCH]
-            self._texts.update(zip(part, self.encode(part), strict=True))
+        """Go on from what `state` gave; the documents in its buffer are looked up again.
+
+        Raises:
+            ConfigError: an older picollm wrote it, which counted documents otherwise.
+        """
+        if not isinstance(state.get("drawn"), list) or len(state["drawn"]) != self.documents.num_sources:
+            raise ConfigError(
+                "the checkpoint's place in the data cannot be gone on from",
+                cause="another version of picollm wrote it",
+                hint="finish the run with that version, or redo the stage with `picollm speedrun --force STAGE`",
+            )
+        self.row, self.tokens, self.cut_tokens = state["row"], state["tokens"], state["cut_tokens"]
+        self._pieces = [Piece(*piece) for piece in state["pieces"]]
+        self._sizes = dict(state["sizes"])
+        self.documents.restore(state["drawn"], self._sizes)
+
+
+def bounds_of(rows: list[list[Placed]], length: int) -> np.ndarray:
+    """Where each piece starts among the tokens of rows laid end to end, then their number: int32."""
+    starts = []
+    for row, placed in enumerate(rows):
+        at = row * length
+        for piece in placed:
+            starts.append(at)
+            at += 1 + piece.size
+    return np.array([*starts, len(rows) * length], dtype=np.int32)
 
 
 class Batches:
     """Batches of one optimizer step for one rank: rows r, r + W, … of the stream.
+
+    Every rank plans all rows and copies the tokens of its own.
 
     Args:
         rows_per_step: B over all ranks.
@@ -175,15 +226,22 @@ class Batches:
         self.packer, self.rows_per_step, self.device_batch_size = packer, rows_per_step, device_batch_size
         self.rank, self.world = rank, world
 
-    def next_step(self) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-        """(micro-batches of (inputs (b, T), targets (b, T)) int64, positions with loss over all ranks)."""
-        rows = [self.packer.next_row() for _ in range(self.rows_per_step)]
-        count = sum(int(mask[1:].sum()) for _, mask in rows)
-        mine = rows[self.rank :: self.world]
-        batches = []
+    def next_step(self) -> tuple[list[tuple[np.ndarray, ...]], int]:
+        """(micro-batches of (inputs (b, T), targets (b, T)) int64, positions with loss over all ranks).
+
+        With `documents` a micro-batch has the bounds of its documents too, see `bounds_of`.
+        """
+        plans = [self.packer.plan_row() for _ in range(self.rows_per_step)]
+        mine = plans[self.rank :: self.world]
+        count = sum(map(self.packer.count, plans))
+        batches: list[tuple[np.ndarray, ...]] = []
         for at in range(0, len(mine), self.device_batch_size):
             part = mine[at : at + self.device_batch_size]
-            ids = np.stack([ids for ids, _ in part]).astype(np.int64)
-            mask = np.stack([mask for _, mask in part])
-            batches.append((ids[:, :-1], np.where(mask[:, 1:], ids[:, 1:], IGNORED)))
+            ids = np.empty((len(part), self.packer.length + 1), dtype=np.int64)
+            mask = np.empty(ids.shape, dtype=bool)
+            for row, placed in enumerate(part):
+                self.packer.gather(placed, ids[row], mask[row])
+            bounds = (bounds_of(part, self.packer.length),) if self.packer.packing == "documents" else ()
+            batches.append((ids[:, :-1].copy(), np.where(mask[:, 1:], ids[:, 1:], IGNORED), *bounds))
+        self.packer.forget()
         return batches, count

@@ -32,13 +32,13 @@ class StepBatches:
 
     Attributes:
         micro_batches: pairs (inputs, targets) of int64 tensors (B, T) in host memory, pinned for a GPU; the last may
-            have fewer rows.
+            have fewer rows. Where attention stays inside documents also their bounds, int32, see `causal_attention`.
         count: positions that carry loss, over all micro-batches and ranks.
         position: state of the packer behind these rows, see RowPacker.state.
         epoch: passes over the documents by then.
     """
 
-    micro_batches: list[tuple[torch.Tensor, torch.Tensor]]
+    micro_batches: list[tuple[torch.Tensor, ...]]
     count: int
     position: dict[str, Any]
     epoch: float
@@ -97,11 +97,11 @@ class Prefetcher:
         import torch
 
         arrays, count = self._batches.next_step()
-        pairs = [(torch.from_numpy(inputs), torch.from_numpy(targets)) for inputs, targets in arrays]
+        batches = [tuple(map(torch.from_numpy, batch)) for batch in arrays]
         if self._device.type == "cuda":
-            pairs = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in pairs]
+            batches = [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]
         packer = self._batches.packer
-        return StepBatches(pairs, count, packer.state(), packer.epoch)
+        return StepBatches(batches, count, packer.state(), packer.epoch)
 
     def _put(self, made: StepBatches | BaseException) -> None:
         while not self._closed.is_set():

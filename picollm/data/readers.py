@@ -7,45 +7,25 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import io
+import itertools
 import json
-import os
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from picollm.data.conversations import Conversation, EmptyMessage
 from picollm.data.cutting import cut
 from picollm.data.datasets import Kind
+from picollm.data.packed import CHUNK_BYTES, Unpacked
+from picollm.data.sources import CSV_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES, Piece, SourceFile
 from picollm.errors import ConfigError, first_line
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-CSV_SUFFIXES = (".csv",)
-PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + CSV_SUFFIXES + PARQUET_SUFFIXES
-# About how much text there is in a byte of a packed file; used to guess the room that it needs.
-UNPACKED = {".jsonl.gz": 6, ".jsonl.zst": 6, ".parquet": 4}
-STDIN = Path("-")
 MESSAGES = "messages"
-_CHUNK_BYTES = 1 << 20
-_BATCH_ROWS = 128
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file to import.
-
-    Attributes:
-        label: its name relative to the path the user gave; independent of the machine.
-    """
-
-    path: Path
-    label: str
-    size: int
+# Rows of parquet that are decoded together: so many, or as many as make so many bytes.
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 8 << 20
+# A cell of CSV takes four times its characters while it is read; an open quote would swallow a whole file.
+_LONGEST_CELL = 1 << 27
 
 
 class Record(NamedTuple):
@@ -53,80 +33,43 @@ class Record(NamedTuple):
 
     Attributes:
         row: a document or a conversation; None when rejected.
-        place: `file` or `file:line`, for messages.
-        done: bytes of the file read so far, about.
+        number: of the line or row in its piece, from 1; `place` makes words of it.
+        done: bytes of the piece read so far, about.
     """
 
     kind: Kind
     row: str | Conversation | None
     rejected: str | None
-    place: str
+    number: int
     done: int
 
 
-def suffix_of(path: Path) -> str | None:
-    """The supported ending of a file name, or None."""
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+def place(piece: Piece, number: int) -> str:
+    """`file:line` or `file:row` for messages; plain text has no rows.
 
-
-def find_files(paths: list[Path]) -> tuple[list[SourceFile], int]:
-    """The files behind what a user named: folders are walked in sorted order, hidden files left out.
-
-    Returns:
-        The files, each once, and how many files inside folders were left out for their ending.
-
-    Raises:
-        ConfigError: a path does not exist, a named file has an ending that cannot be read, a folder has no usable file.
+    Where a piece starts in the middle of a file, what comes before is counted only now.
     """
-    found: dict[Path, SourceFile] = {}
-    skipped = 0
-    for path in paths:
-        if path.is_dir():
-            inside = list(_walk(path))
-            usable = [file for file in inside if suffix_of(file)]
-            if not usable:
-                raise ConfigError(
-                    f"no usable file in `{path}`",
-                    cause=f"none of its {len(inside)} files ends in {', '.join(SUFFIXES)}",
-                    hint="name another folder, or rename text files to end in `.txt`",
-                )
-            skipped += len(inside) - len(usable)
-            top = path.resolve().name
-            labelled = [(file, f"{top}/{file.relative_to(path).as_posix()}") for file in usable]
-        elif path.is_file():
-            if suffix_of(path) is None:
-                raise ConfigError(
-                    f"cannot import `{path}`",
-                    cause=f"its name does not end in {', '.join(SUFFIXES)}",
-                    hint="rename it if it is text, or convert it",
-                )
-            labelled = [(path, path.name)]
-        elif path.exists():
-            raise ConfigError(f"cannot import `{path}`", cause="it is neither a file nor a folder")
-        else:
-            raise ConfigError(
-                f"cannot import `{path}`", cause="it does not exist", hint="check the path; `ls` shows what is there"
-            )
-        for file, label in labelled:
-            found.setdefault(file.resolve(), SourceFile(file, label, file.stat().st_size))
-    return list(found.values()), skipped
+    file = piece.file
+    if file.suffix in TEXT_SUFFIXES:
+        return file.shown
+    if piece.start and file.suffix in JSONL_SUFFIXES:
+        with open(file.path, "rb") as stream:
+            left = _first_line_start(stream, piece.start)
+            stream.seek(0)
+            while left:
+                chunk = stream.read(min(left, CHUNK_BYTES))
+                number += chunk.count(b"\n")
+                left = left - len(chunk) if chunk else 0
+    elif piece.start:
+        import pyarrow.parquet as pq
+
+        metadata = pq.read_metadata(file.path)
+        number += sum(metadata.row_group(group).num_rows for group in range(piece.start))
+    return f"{file.shown}:{number}"
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise ConfigError(f"cannot read `{error.filename}`", cause=error.strerror) from error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
-
-
-def read_records(file: SourceFile, field: str) -> Iterator[Record]:
-    """The records of one file.
+def read_records(piece: Piece, field: str) -> Iterator[Record]:
+    """The records of a file or of a part of it.
 
     Args:
         field: the column or key with the text. Where it is absent and there is `messages`, rows are conversations.
@@ -134,41 +77,44 @@ def read_records(file: SourceFile, field: str) -> Iterator[Record]:
     Raises:
         ConfigError: the file cannot be read as what its name says; names the file and, where there is one, the line.
     """
-    suffix = suffix_of(file.path)
+    suffix = piece.file.suffix
     try:
-        if suffix in TEXT_SUFFIXES:
-            yield from _read_text(file)
-        elif suffix in JSONL_SUFFIXES:
-            yield from _read_jsonl(file, field)
-        elif suffix in CSV_SUFFIXES:
-            yield from _read_csv(file, field)
-        else:
-            yield from _read_parquet(file, field)
+        if suffix in PARQUET_SUFFIXES:
+            yield from _read_parquet(piece, field)
+            return
+        with open(piece.file.path, "rb") as raw:
+            stream = Unpacked(raw, piece.file)
+            if suffix in TEXT_SUFFIXES:
+                yield from _read_text(stream)
+            elif suffix in JSONL_SUFFIXES:
+                yield from _read_jsonl(stream, piece, field)
+            else:
+                assert suffix in CSV_SUFFIXES
+                yield from _read_csv(stream, piece, field)
     except OSError as error:
-        raise ConfigError(f"cannot read `{file.path}`", cause=error.strerror or str(error)) from error
+        raise ConfigError(f"cannot read `{piece.file.shown}`", cause=error.strerror or str(error)) from error
 
 
 # -- plain text -------------------------------------------------------------------------------------------------------
 
 
-def _read_text(file: SourceFile) -> Iterator[Record]:
-    with open(file.path, "rb") as stream:
-        for text in cut(_decode(stream, file.path)):
-            yield _document(text, str(file.path), min(stream.tell(), file.size))
+def _read_text(stream: Unpacked) -> Iterator[Record]:
+    for number, text in enumerate(cut(_decode(stream)), 1):
+        yield _document(text, number, stream.done)
 
 
-def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
+def _decode(stream: Unpacked) -> Iterator[str]:
     """UTF-8 in chunks, line ends as `\\n`, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     done, at_start = 0, True
     while True:
-        chunk = stream.read(_CHUNK_BYTES)
+        chunk = stream.read(CHUNK_BYTES) or b""
         held = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            raise _not_utf8(str(path), done - held + error.start, error) from error
+            raise _not_utf8(stream.file.shown, done - held + error.start, error) from error
         done += len(chunk)
         if at_start and text:
             text, at_start = text.removeprefix("\ufeff"), False
@@ -180,73 +126,47 @@ def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
 # -- JSON lines -------------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(file: SourceFile, field: str) -> Iterator[Record]:
-    with open(file.path, "rb") as raw:
-        lines = _unpacked(raw, file.path)
-        number, done = 0, 0
-        try:
-            for number, line in enumerate(lines, 1):
-                # Plain lines are counted: asking a buffered file for its place at every line costs a system call.
-                done = raw.tell() if lines is not raw else done + len(line)
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
-                    yield _parse_line(line, field, f"{file.path}:{number}", done)
-        except (EOFError, zlib.error, gzip.BadGzipFile, _Torn) as error:
-            raise ConfigError(
-                f"cannot unpack `{file.path}`", cause=f"after line {number}: {error}", hint="get the file again"
-            ) from error
+def _first_line_start(stream: BinaryIO, start: int) -> int:
+    """Where the first line begins that does not begin before `start`."""
+    stream.seek(start - 1)
+    while (part := stream.readline(CHUNK_BYTES)) and not part.endswith(b"\n"):
+        pass
+    return stream.tell()
 
 
-class _Torn(Exception):
-    """A zstd stream that cannot be unpacked to its end."""
+def _read_jsonl(stream: Unpacked, piece: Piece, field: str) -> Iterator[Record]:
+    lines = stream.buffered()
+    at = _first_line_start(lines, piece.start) if piece.start else 0
+    for number in itertools.count(1):
+        # A line belongs to the piece in which it begins.
+        if piece.end is not None and at >= piece.end:
+            return
+        if not (line := lines.readline()):
+            return
+        at += len(line)
+        if number == 1 and not piece.start:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.isspace() or not line:
+            continue
+        # Lines of a plain file are counted: asking it for its place every time costs a system call.
+        yield _parse_line(line, field, piece, number, stream.done if piece.file.packing else at - piece.start)
 
 
-def _unpacked(raw: BinaryIO, path: Path) -> Any:
-    """Lines of bytes of a file that may be packed."""
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if name.endswith(".zst"):
-        return io.BufferedReader(_Zstandard(raw), _CHUNK_BYTES)
-    return raw
-
-
-class _Zstandard(io.RawIOBase):
-    """Unpacks with pyarrow, which is here anyway; the standard library cannot."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import pyarrow as pa
-
-        self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import pyarrow as pa
-
-        try:
-            data = self._stream.read(len(buffer))
-        except (pa.ArrowException, OSError) as error:
-            raise _Torn(first_line(error)) from error
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _parse_line(line: bytes, field: str, place: str, done: int) -> Record:
+def _parse_line(line: bytes, field: str, piece: Piece, number: int, done: int) -> Record:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise _not_utf8(place, error.start, error) from error
+        raise _not_utf8(place(piece, number), error.start, error) from error
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise ConfigError(
-            f"`{place}` is not JSON", cause=reason, hint="a `.jsonl` file has one JSON object on each line"
+            f"`{place(piece, number)}` is not JSON",
+            cause=reason,
+            hint="a `.jsonl` file has one JSON object on each line",
         ) from error
     if not isinstance(value, dict):
         raise ConfigError(
-            f"`{place}` is not a JSON object",
+            f"`{place(piece, number)}` is not a JSON object",
             cause=f"it is a {type(value).__name__}",
             hint=f'each line must look like {{"{field}": "…"}} or {{"{MESSAGES}": […]}}',
         )
@@ -255,86 +175,98 @@ def _parse_line(line: bytes, field: str, place: str, done: int) -> Record:
     elif MESSAGES in value:
         key = MESSAGES
     else:
-        raise _no_field(f"`{place}` has no field `{field}`", "fields", list(value))
+        raise _no_field(f"`{place(piece, number)}` has no field `{field}`", "fields", list(value))
     if key == MESSAGES and not isinstance(value[key], str):
-        return _conversation(value, place, done)
+        return _conversation(value, piece, number, done)
     if not isinstance(value[key], str):
         raise ConfigError(
-            f"field `{key}` of `{place}` is not a string",
+            f"field `{key}` of `{place(piece, number)}` is not a string",
             cause=f"it is {json.dumps(value[key], ensure_ascii=False)[:80]}",
             hint="correct the line, or name another field with `--field NAME`",
         )
-    return _document(value[key], place, done)
+    return _document(value[key], number, done)
 
 
 # -- CSV --------------------------------------------------------------------------------------------------------------
 
-_LONGEST_CELL = 1 << 30
 
-
-def _read_csv(file: SourceFile, field: str) -> Iterator[Record]:
+def _read_csv(stream: Unpacked, piece: Piece, field: str) -> Iterator[Record]:
     csv.field_size_limit(_LONGEST_CELL)
-    with open(file.path, "rb") as raw:
-        lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-        rows = csv.DictReader(lines, strict=True)
-        try:
-            if field not in (columns := rows.fieldnames or []):
-                raise _no_field(f"`{file.path}` has no column `{field}`", "columns", list(columns))
-            for row in rows:
-                place, done = f"{file.path}:{rows.line_num}", min(raw.tell(), file.size)
-                text = row[field]
-                yield Record("text", None, "null", place, done) if text is None else _document(text, place, done)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(f"{file.path}` after line `{rows.line_num}", error.start, error) from error
-        except csv.Error as error:
-            raise ConfigError(
-                f"`{file.path}:{rows.line_num + 1}` is not CSV",
-                cause=str(error),
-                hint="the first line names the columns, and cells with commas or line ends stand in double quotes",
-            ) from error
+    lines = io.TextIOWrapper(stream.buffered(), encoding="utf-8-sig", newline="")
+    rows = csv.reader(lines, strict=True)
+    at = 1
+    try:
+        names = next(rows, [])
+        if not names:
+            return
+        if field not in names:
+            raise _no_field(f"`{piece.file.shown}` has no column `{field}`", "columns", names)
+        column = names.index(field)
+        at = rows.line_num + 1
+        for row in rows:
+            if len(row) > column:
+                yield _document(row[column], at, stream.done)
+            elif row:
+                yield Record("text", None, "too few cells", at, stream.done)
+            at = rows.line_num + 1
+    except UnicodeDecodeError as error:
+        # The file is decoded ahead of its rows, so only about where is known.
+        raise _not_utf8(f"{piece.file.shown}` after line `{at - 1}", None, error) from error
+    except csv.Error as error:
+        raise ConfigError(
+            f"`{place(piece, at)}` is not CSV",
+            cause=str(error),
+            hint="the first line names the columns, and cells with commas or line ends stand in double quotes",
+        ) from error
+    finally:
+        lines.detach()
 
 
 # -- parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(file: SourceFile, field: str) -> Iterator[Record]:
+def _read_parquet(piece: Piece, field: str) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file = piece.file
     try:
         # No pre-buffering: a row group of gigabytes is then read page by page.
-        parquet = pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_CHUNK_BYTES)
-        with parquet:
-            column, kind = _parquet_column(parquet.schema_arrow, field, file.path)
-            number, total = 0, max(1, parquet.metadata.num_rows)
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
+        with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=CHUNK_BYTES) as parquet:
+            column, kind = _parquet_column(parquet.schema_arrow, field, file)
+            groups = range(piece.start, parquet.num_row_groups if piece.end is None else piece.end)
+            found = [parquet.metadata.row_group(group) for group in groups]
+            number, total = 0, max(1, sum(group.num_rows for group in found))
+            row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in found), default=1)
+            size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
+            for batch in parquet.iter_batches(size, row_groups=list(groups), columns=[column], use_threads=False):
                 for cell in batch.column(0):
                     number += 1
-                    place, done = f"{file.path}:{number}", file.size * number // total
+                    done = piece.bytes * number // total
                     try:
                         value = cell.as_py()
                     except UnicodeDecodeError as error:
-                        raise _not_utf8(place, error.start, error) from error
+                        raise _not_utf8(place(piece, number), error.start, error) from error
                     if value is None:
-                        yield Record(kind, None, "null", place, done)
+                        yield Record(kind, None, "null", number, done)
                     elif kind == "text":
-                        yield _document(value, place, done)
+                        yield _document(value, number, done)
                     else:
-                        yield _conversation({MESSAGES: value}, place, done)
+                        yield _conversation({MESSAGES: value}, piece, number, done)
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
             raise
         raise ConfigError(
-            f"`{file.path}` is not readable parquet", cause=first_line(error), hint="get the file again"
+            f"`{file.shown}` is not readable parquet", cause=first_line(error), hint="get the file again"
         ) from error
 
 
-def _parquet_column(schema: Any, field: str, path: Path) -> tuple[str, Kind]:
+def _parquet_column(schema: Any, field: str, file: SourceFile) -> tuple[str, Kind]:
     import pyarrow.types as types
 
     column = field if field in schema.names else MESSAGES
     if column not in schema.names:
-        raise _no_field(f"`{path}` has no column `{field}`", "columns", schema.names)
+        raise _no_field(f"`{file.shown}` has no column `{field}`", "columns", schema.names)
     found = schema.field(column).type
     if types.is_dictionary(found):
         found = found.value_type
@@ -343,7 +275,7 @@ def _parquet_column(schema: Any, field: str, path: Path) -> tuple[str, Kind]:
     if column == MESSAGES and (types.is_list(found) or types.is_large_list(found)):
         return column, "conversations"
     raise ConfigError(
-        f"column `{column}` of `{path}` is not text",
+        f"column `{column}` of `{file.shown}` is not text",
         cause=f"its type is {found}",
         hint=f"name another with `--field NAME`; columns: {', '.join(schema.names)}",
     )
@@ -352,45 +284,43 @@ def _parquet_column(schema: Any, field: str, path: Path) -> tuple[str, Kind]:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _document(text: str, place: str, done: int) -> Record:
-    if not text.strip():
-        return Record("text", None, "empty", place, done)
-    if not _is_unicode(text):
-        return Record("text", None, "invalid Unicode", place, done)
-    if "\0" in text:
-        return Record("text", None, "NUL bytes, so not text", place, done)
-    return Record("text", text, None, place, done)
+def _document(text: str, number: int, done: int) -> Record:
+    # The text may be large: nothing here copies it but the look for half surrogates, and that only where one may be.
+    rejected = "empty" if not text or text.isspace() else _unusable(text)
+    return Record("text", None if rejected else text, rejected, number, done)
 
 
-def _conversation(value: dict[str, Any], place: str, done: int) -> Record:
+def _conversation(value: dict[str, Any], piece: Piece, number: int, done: int) -> Record:
     try:
         conversation = Conversation.from_json(value)
     except EmptyMessage:
-        return Record("conversations", None, "empty message", place, done)
+        return Record("conversations", None, "empty message", number, done)
     except ValueError as error:
         raise ConfigError(
-            f"`{place}` is not a conversation",
+            f"`{place(piece, number)}` is not a conversation",
             cause=str(error),
             hint="user and assistant take turns, after an optional system message, and the assistant ends",
         ) from error
-    if not all(_is_unicode(part.text) for message in conversation.messages for part in message.parts):
-        return Record("conversations", None, "invalid Unicode", place, done)
-    return Record("conversations", conversation, None, place, done)
+    reasons = (_unusable(part.text) for message in conversation.messages for part in message.parts)
+    rejected = next((reason for reason in reasons if reason), None)
+    return Record("conversations", None if rejected else conversation, rejected, number, done)
 
 
-def _is_unicode(text: str) -> bool:
-    r"""False for half a surrogate pair, which JSON can spell (`"\ud800"`) but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _unusable(text: str) -> str | None:
+    r"""Why text cannot be trained on. Half a surrogate pair can be spelt in JSON (`"\ud800"`) but not in UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "invalid Unicode"
+    return "NUL bytes, so not text" if "\0" in text else None
 
 
-def _not_utf8(place: str, offset: int, error: UnicodeDecodeError) -> ConfigError:
+def _not_utf8(where: str, offset: int | None, error: UnicodeDecodeError) -> ConfigError:
+    byte = "a byte" if offset is None else f"byte {offset}"
     return ConfigError(
-        f"`{place}` is not UTF-8",
-        cause=f"byte {offset} is 0x{error.object[error.start]:02x}: {error.reason}",
+        f"`{where}` is not UTF-8",
+        cause=f"{byte} is 0x{error.object[error.start]:02x}: {error.reason}",
         hint="convert it, for instance with `iconv -f latin1 -t utf-8`, or leave it out",
     )
 

@@ -40,6 +40,7 @@ def causal_attention(
     backend: str,
     window: int | None = None,
     positions: Int[Tensor, "B T"] | None = None,
+    bounds: Int[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "B T H D"]:
     """Attend each query to its own position and to those before it.
 
@@ -51,7 +52,10 @@ def causal_attention(
         window: keys visible behind a query, in tokens; None sees all of them.
         positions: index of each query among the S keys, for decoding from a cache; None means S = T, query i at i.
             The specialised kernels know no positions: all backends but `matmul` then are `sdpa`.
+        bounds: where each document starts among the B T tokens laid end to end, then B T, int32; tokens see their own
+            document only. Without positions; for the backends that `choose_attention` gives for documents.
     """
+    assert bounds is None or backend not in ("cudnn", "flash", "flex"), "choose_attention refuses them"
     if window is not None and window >= k.size(1) - 1:
         window = None  # it hides nothing
     if positions is None and backend in ("varlen", "flex", "fa3"):
@@ -59,8 +63,8 @@ def causal_attention(
 
         if backend == "flex":
             return gpu_attention.flex(q, k, v, scale, window)
-        if backend == "varlen" or window is not None:
-            return gpu_attention.varlen(q, k, v, scale, window, fa3=backend == "fa3")
+        if backend == "varlen" or window is not None or bounds is not None:
+            return gpu_attention.varlen(q, k, v, scale, window, bounds, fa3=backend == "fa3")
         gpu_attention.use_fa3()
     groups = q.size(2) // k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, S, D)
@@ -73,6 +77,8 @@ def causal_attention(
     if groups > 1 and (backend == "matmul" or q.device.type != "cpu"):
         k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
     visible = None if positions is None else _visible(positions, k.size(2), window)
+    if bounds is not None:
+        visible = _visible(torch.arange(q.size(2), device=q.device)[None], k.size(2), window) & _alike(bounds, q)
     if backend == "matmul":
         return _matmul(q * scale, k, v, window, visible).transpose(1, 2)
     sdpa = functools.partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=groups > 1)
@@ -114,6 +120,13 @@ def _matmul(
 def _visible(positions: Int[Tensor, "B T"], num_keys: int, window: int | None) -> Bool[Tensor, "B 1 T S"]:
     behind = positions[:, None, :, None] - torch.arange(num_keys, device=positions.device)
     return behind >= 0 if window is None else (behind >= 0) & (behind <= window)
+
+
+def _alike(bounds: Int[Tensor, " N"], q: Float[Tensor, "B H T D"]) -> Bool[Tensor, "B 1 T T"]:
+    """Which tokens of a row are of one document."""
+    B, _, T, _ = q.shape
+    document = torch.bucketize(torch.arange(B * T, device=q.device), bounds, right=True).view(B, 1, T)
+    return document[..., :, None] == document[..., None, :]
 
 
 def _blocks(length: int, reach: int, size: int) -> Iterator[tuple[slice, slice, tuple[slice, slice]]]:

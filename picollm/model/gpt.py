@@ -64,6 +64,7 @@ class Attention(nn.Module):
         rotary: Float[Tensor, "2 ..."],
         backend: str,
         cached: Cached | None,
+        bounds: Int[Tensor, " N"] | None,
     ) -> Float[Tensor, "B T C"]:
         B, T, _ = x.shape
         qkv = packed_linear(x, (self.q_proj, self.k_proj, self.v_proj))
@@ -77,7 +78,9 @@ class Attention(nn.Module):
         if cached is not None:
             k, v = cached.update(k, v)
             positions = cached.positions
-        y = causal_attention(q, k, v, scale=self.scale, backend=backend, window=self.window, positions=positions)
+        y = causal_attention(
+            q, k, v, scale=self.scale, backend=backend, window=self.window, positions=positions, bounds=bounds
+        )
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -112,10 +115,11 @@ class Block(nn.Module):
         rotary: Float[Tensor, "2 ..."],
         backend: str,
         cached: Cached | None,
+        bounds: Int[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         """One layer; `scalar` weighs the stream, `x0_scalar` the embedding `x0` mixed into it."""
         x = scalar * x if x0 is None else scalar * x + x0_scalar * x0
-        x = x + self.attention(rms_norm(x, self.eps), value_embedding, rotary, backend, cached)
+        x = x + self.attention(rms_norm(x, self.eps), value_embedding, rotary, backend, cached, bounds)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -207,11 +211,23 @@ class GPT(nn.Module):
         positions: Int[Tensor, "B T"] | None = None,
         rows: Int[Tensor, " B"] | None = None,
         length: int | None = None,
+        bounds: Int[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        """The normed residual stream after the last block."""
+        """The normed residual stream after the last block.
+
+        Args:
+            bounds: as in `causal_attention`; for passes without a cache. Positions go on over a row, because rotary
+                ones count only as differences.
+        """
         cached = before = None
         if cache is None:
             rotary = self.rotary(ids.size(1))[:, None]  # (2, 1, T, 1, D/2)
+            if bounds is not None and self._compiles():
+                torch._dynamo.mark_dynamic(bounds, 0)  # no new code for every number of documents
+            if bounds is not None and self.smear_gate is not None:
+                first = torch.zeros(ids.numel() + 1, dtype=torch.bool, device=ids.device)
+                first[bounds.long()] = True
+                before = F.embedding(ids.roll(1, 1), self.embed_tokens) * ~first[:-1].view(*ids.shape, 1)
         else:
             assert positions is not None
             length = int(positions.max()) + 1 if length is None else length
@@ -236,7 +252,7 @@ class GPT(nn.Module):
                 value_embedding = F.embedding(ids, self.value_embeds[str(i)]).to(dtype)
             backend = self.backend if block.attention.window is None else self.window_backend
             x0_scalar = None if x0_scalars is None else x0_scalars[i]
-            inputs = (block, x, scalars[i], x0, x0_scalar, value_embedding, rotary, backend, cached)
+            inputs = (block, x, scalars[i], x0, x0_scalar, value_embedding, rotary, backend, cached, bounds)
             if checkpointed:
                 x = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -278,12 +294,14 @@ class GPT(nn.Module):
         targets: Int[Tensor, "B T"],
         scale: float | Float[Tensor, ""] = 1.0,
         z_loss: float = 0.0,
+        bounds: Int[Tensor, " N"] | None = None,
     ) -> Float[Tensor, ""]:
         """Sum over targets >= 0 of -log p(target) + z_loss * logsumexp(logits)^2, in nats, times `scale`.
 
-        In float16 `scale` must hold the loss scale: gradients of logits are made, and rounded, with it.
+        In float16 `scale` must hold the loss scale: gradients of logits are made, and rounded, with it. With `bounds`
+        (see `causal_attention`) the documents of a row do not see each other.
         """
-        x = self.hidden(ids)
+        x = self.hidden(ids, bounds=bounds)
         return linear_cross_entropy(
             x.flatten(0, 1),
             self.lm_head,

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import attention
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -32,10 +32,15 @@ def varlen(
     v: Float[Tensor, "B T K D"],
     scale: float,
     window: int | None,
+    bounds: Int[Tensor, " N"] | None = None,
     *,
     fa3: bool = False,
 ) -> Float[Tensor, "B T H D"]:
-    """Rows laid end to end, and where each starts: the only door of torch to flash attention with a window."""
+    """Rows laid end to end, and where each starts: the only door of torch to flash attention with a window.
+
+    Args:
+        bounds: where each document starts, for attention inside them.
+    """
     if fa3:
         use_fa3()
     B, T, H, D = q.shape
@@ -45,7 +50,9 @@ def varlen(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(H // x.size(2), dim=2) for x in (k, v))
-    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)  # (B + 1,)
+    starts = bounds
+    if starts is None:
+        starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)  # (B + 1,)
     q, k, v = (x.reshape(B * T, -1, D) for x in (q, k, v))
     # (left, right) of a query; -1 is without limit. A window of W sees W + 1 keys.
     sight = (-1 if window is None else window, 0)

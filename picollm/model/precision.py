@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from picollm.errors import ConfigError
 from picollm.model.fp8 import ALIGNMENT, E4M3, quantize
 from picollm.model.linear import Linear
 
@@ -26,8 +27,12 @@ def use_fp8(model: nn.Module) -> int:
 
     Returns:
         how many matrices that are.
+
+    Raises:
+        ConfigError: the weights are on a GPU that cannot, such as an AMD GPU, whose 8-bit types are others.
     """
     count = 0
+    _require_fp8(next(model.parameters()).device)
     for group in _groups(model):
         rows, columns = sum(layer.out_features for layer in group), group[0].in_features
         sides = [columns, *(layer.out_features for layer in group)]
@@ -54,6 +59,23 @@ def refresh_fp8(model: nn.Module) -> None:
             layer.fp8_weight.copy_(weight)
             layer.fp8_weight_t.copy_(weight.t())
             layer.fp8_inverse.copy_(inverse)
+
+
+def _require_fp8(device: torch.device) -> None:
+    """Ask the device itself: a plan may have been made on another machine, and knows NVIDIA's GPUs only."""
+    if device.type != "cuda":
+        return
+    if torch.version.hip:
+        cause = "this torch is built for AMD GPUs, whose 8-bit types are not the ones that training uses"
+    elif (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        cause = f"its compute capability is {capability[0]}.{capability[1]}; 8-bit tensor cores begin at 8.9"
+    else:
+        return
+    raise ConfigError(
+        "training in 8 bits (`train.fp8`) is not possible on this GPU",
+        cause=cause,
+        hint="use `--set train.fp8=false`, in a new run where the stage has started with 8 bits",
+    )
 
 
 def _groups(model: nn.Module) -> list[tuple[Linear, ...]]:

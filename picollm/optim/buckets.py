@@ -20,6 +20,9 @@ from picollm.optim.muon import muon_update, neuron_axis
 from picollm.optim.sharding import Handle, Ranks, Shard, row_range
 
 Named = dict[str, nn.Parameter]
+# Elements that are updated at once, unless one matrix has more. An update makes four to five copies of them, and a
+# quarter of a gigabyte (float32) a copy keeps a GPU as busy as more would.
+STACK_ELEMENTS = 1 << 26
 
 
 class Kernels(NamedTuple):
@@ -133,12 +136,23 @@ class Stack(NamedTuple):
     second_moment: Tensor
 
 
-def _stacks(slot: list[str], matrices: Named, weights: Tensor) -> Iterator[Stack]:
-    """The stacks of a slot whose weights are laid out in `weights`, with fresh state."""
-    start = 0
+def _runs(slot: list[str], matrices: Named) -> Iterator[list[str]]:
+    """Neighbours of one shape, as many as STACK_ELEMENTS allow."""
     for shape, group in groupby(slot, key=lambda name: matrices[name].shape):
         names = list(group)
-        rows, columns = shape
+        parts = -(-len(names) // max(1, STACK_ELEMENTS // shape.numel()))
+        size = -(-len(names) // parts)
+        yield from (names[first : first + size] for first in range(0, len(names), size))
+
+
+def _stacks(slot: list[str], matrices: Named, weights: Tensor) -> Iterator[Stack]:
+    """The stacks of a slot whose weights are laid out in `weights`, with fresh state.
+
+    A long run of one shape is cut into parts of about one size, so that few variants of the update are compiled.
+    """
+    start = 0
+    for names in _runs(slot, matrices):
+        rows, columns = shape = matrices[names[0]].shape
         weight = weights[start : start + len(names) * shape.numel()].view(len(names), rows, columns)
         per_neuron = (len(names), rows, 1) if neuron_axis(rows, columns) == -1 else (len(names), 1, columns)
         second_moment = weight.new_zeros(per_neuron)

@@ -46,7 +46,7 @@ def collect(run: RunDir) -> Figures:
         "missing_stages": [name for name in EXPECTED_STAGES if not has_run.get(name, False)],
         "model": _model(stages),
         "tokenizer": _tokenizer(run),
-        "data": {name: _sources(run, figures["recipe"].get("data", [])) for name, figures in stages.items()},
+        "data": {name: _sources(run, figures) for name, figures in stages.items()},
         "stages": stages,
         "evaluation": evaluation,
         "samples": samples,
@@ -185,15 +185,19 @@ def _tokenizer(run: RunDir) -> Figures | None:
     return {"sha256": output.get("sha256"), **record["result"]}
 
 
-def _sources(run: RunDir, sources: list[Figures]) -> list[Figures]:
-    """What a recipe read, with the dataset's own account of itself where it still is what it was."""
+def _sources(run: RunDir, stage: Figures) -> list[Figures]:
+    """What a recipe read: the record's true shares, and the dataset's own account where it still is what it was."""
     from picollm.files import sha256_file
 
     found = []
-    for source in sources:
-        path = datasets_dir(run.base) / source["dataset"] / "dataset.json"
-        description = _read(path) if path.is_file() and sha256_file(path) == source["sha256"] else None
-        figures = {**source, "unchanged": description is not None}
+    read = {part["dataset"]: part for part in (stage["result"] or {}).get("data", [])}
+    for source in stage["recipe"].get("data", []):
+        folder = datasets_dir(run.base) / source["dataset"]
+        # Of a download with more shards by now, the record that this run was trained on stays in `older`.
+        records = [path for path in (folder / "dataset.json", *folder.glob("older/*.json")) if path.is_file()]
+        path = next((path for path in records if sha256_file(path) == source["sha256"]), None)
+        description = _read(path) if path else None
+        figures = {**read.get(source["dataset"], {}), **source, "unchanged": description is not None}
         if description is not None:
             figures |= {key: description.get(key) for key in ("kind", "source", "totals", "files")}
         found.append(figures)

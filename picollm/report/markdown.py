@@ -130,6 +130,7 @@ def _data(figures: Figures) -> list[str]:
             _rows(source, "train"),
             _rows(source, "validation"),
             decimal(source["weight"], 2),
+            f"{source['share']:.1%}, {source['epochs']:.2f} epochs" if "share" in source else ABSENT,
             f"`{short_hash(source['sha256'])}`",
         )
         for name, sources in figures["data"].items()
@@ -137,9 +138,12 @@ def _data(figures: Figures) -> list[str]:
     ]
     if not rows:
         return []
-    head = ["Stage", "Dataset", "Kind", "Train rows", "Validation rows", "Weight", "sha256"]
+    head = ["Stage", "Dataset", "Kind", "Train rows", "Validation rows", "Weight", "Tokens read", "sha256"]
     note = "The hash is that of `dataset.json`, which pins every file; `report.json` lists them with their own."
-    return ["## Data\n\n" + table(head, rows, right="345") + "\n\n" + note]
+    cut = ((figures["stages"].get("pretrain") or {}).get("result") or {}).get("cut_share")
+    if cut is not None:
+        note += f" Of pretraining's tokens {cut:.1%} stand in pieces that were cut to fill a row; none are left out."
+    return ["## Data\n\n" + table(head, rows, right="3456") + "\n\n" + note]
 
 
 def _recipe(figures: Figures) -> list[str]:
@@ -290,14 +294,16 @@ def _score(result: Figures | None, digits: int) -> str:
 def _last_validation(stage: Figures) -> str:
     if not stage["validation"]:
         return ABSENT
-    last = stage["validation"][-1]
+    # Of a mixture each pass has several values, its mean first.
+    last = [value for value in stage["validation"] if value["name"] == stage["validation"][0]["name"]][-1]
     error = f" ± {last['stderr']:.4f}" if last["stderr"] is not None else ""
     return f"{decimal(last['value'], 4)}{error} {UNITS.get(last['name'], last['name'])}"
 
 
 def _rows(source: Figures, split: str) -> str:
     files = [file for file in source.get("files") or [] if file["split"] == split]
-    return f"{sum(file['rows'] for file in files):,}" if files else ABSENT
+    known = files and all(file["rows"] is not None for file in files)
+    return f"{sum(file['rows'] for file in files):,}" if known else ABSENT
 
 
 def _shown(key: str) -> bool:

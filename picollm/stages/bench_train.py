@@ -6,6 +6,7 @@ Reads `config.json` of the folder (`recipe`, `runtime`, `steps`), tells rank 0's
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -20,15 +21,20 @@ from picollm.worker import as_known, keep_freed_memory
 def main(folder: Path) -> int:
     """Measure what the folder describes; the exit code is that of the error, if there was one."""
     rank = int(os.environ.get("RANK", "0"))
-    events = EventWriter(folder / "events.jsonl", "bench-train") if rank == 0 else None
-    try:
-        found = _measure(read_json(folder / "config.json"), rank, events)
-    except BaseException as error:
-        known: PicollmError = as_known(error)
-        write_json(folder / "result.json", {"error": known.to_dict() | {"detail": first_line(error)}})
-        raise
-    if rank == 0:
-        write_json(folder / "result.json", found)
+    result = folder / "result.json"
+    with contextlib.ExitStack() as stack:
+        events = None
+        if rank == 0:
+            events = EventWriter(folder / "events.jsonl", "bench-train")
+            stack.callback(events.close)
+        try:
+            found = _measure(read_json(folder / "config.json"), rank, events)
+        except BaseException as error:
+            if not result.exists():  # the first rank to fail tells; the others only lost it
+                write_json(result, {"error": as_known(error).to_dict() | {"detail": first_line(error)}})
+            raise
+        if rank == 0:
+            write_json(result, found)
     return 0
 
 

@@ -6,6 +6,7 @@ Results are written whole at the end; a suite that was interrupted runs again fr
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,30 +48,59 @@ def main(worker: Worker) -> None:
 
 
 def _bpb(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: TrainedModel) -> tuple[Scores, Records]:
-    """Bits per byte of the validation split."""
-    dataset = Dataset.open(recipe.data.dataset, base=worker.stage.run.base)
-    require_same(worker, f"dataset `{dataset.name}`", dataset.sha256, recipe.data.sha256, hint=PREPARE_AGAIN)
-    documents = dataset.documents("validation")
-    found = bits_per_byte.evaluate(
-        trained.model,
-        trained.tokenizer,
-        documents,
-        trained.model.arch.max_position_embeddings,
-        runtime.batch_size,
-        recipe.bpb_tokens,
-        on_progress=_progress(worker, len(documents)),
-    )
-    worker.event("eval", step=recipe.step, name="bpb", value=found.bpb, stderr=found.stderr, n=found.documents)
-    score = {
-        "n": found.documents,
-        "score": found.bpb,
-        "stderr": found.stderr,
+    """Bits per byte of the validation split: `validation`; of a mixture also `validation/NAME` of each."""
+    splits = {}
+    for source in recipe.data:
+        dataset = Dataset.open(source.dataset, base=worker.stage.run.base, keep=(source.sha256,))
+        require_same(worker, f"dataset `{dataset.name}`", dataset.sha256, source.sha256, hint=PREPARE_AGAIN)
+        splits[dataset.name] = dataset.documents("validation")
+    splits = {name: documents for name, documents in splits.items() if len(documents)} or splits
+    look, before = _progress(worker, sum(map(len, splits.values()))), 0
+    scores: Scores = {}
+    for name, documents in splits.items():
+        found = bits_per_byte.evaluate(
+            trained.model,
+            trained.tokenizer,
+            documents,
+            trained.model.arch.max_position_embeddings,
+            runtime.batch_size,
+            recipe.bpb_tokens,
+            on_progress=lambda done, before=before: look(before + done),
+        )
+        before += len(documents)
+        scores[f"validation/{name}"] = {
+            "n": found.documents,
+            "score": found.bpb,
+            "stderr": found.stderr,
+            "unit": "bits per byte",
+            "bytes": found.bytes,
+            "tokens": found.tokens,
+            "nats": found.nats,
+        }
+    if len(scores) == 1:
+        scores = {"validation": next(iter(scores.values()))}
+    else:
+        weights = [source.weight for source in recipe.data if source.dataset in splits]
+        scores = {"validation": _mean(list(scores.values()), weights), **scores}
+    for name, score in scores.items():
+        told = name.replace("validation", "bpb", 1)
+        worker.event("eval", step=recipe.step, name=told, value=score["score"], stderr=score["stderr"], n=score["n"])
+    return scores, []
+
+
+def _mean(parts: list[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+    """The mean over a mixture's datasets, each weighted as its share says; sums of the rest."""
+    shares = [weight / sum(weights) for weight in weights]
+    stderr = None
+    if all(part["stderr"] is not None for part in parts):
+        stderr = math.hypot(*(share * part["stderr"] for share, part in zip(shares, parts, strict=True)))
+    return {
+        "n": sum(part["n"] for part in parts),
+        "score": math.fsum(share * part["score"] for share, part in zip(shares, parts, strict=True)),
+        "stderr": stderr,
         "unit": "bits per byte",
-        "bytes": found.bytes,
-        "tokens": found.tokens,
-        "nats": found.nats,
+        **{key: sum(part[key] for part in parts) for key in ("bytes", "tokens", "nats")},
     }
-    return {"validation": score}, []
 
 
 def _samples(worker: Worker, recipe: EvalRecipe, runtime: EvalRuntime, trained: TrainedModel) -> tuple[Scores, Records]:

@@ -43,8 +43,9 @@ def facts(torch: Any) -> dict[str, Any]:
 
     Returns:
         torch: version. build: `cpu`, `cuda 12.8`, `rocm 6.4`. cuda: available, reason (why not), cudnn (91501 is
-        9.15.1; None without). devices: name, memory_bytes, capability of each CUDA device. bf16 and fp32: works,
-        error, flops_per_s of one matrix product on the device training would use (on the CPU: of one thread).
+        9.15.1; None without). devices: name, memory_bytes, capability of each CUDA device. fp32, bf16 and fp16 (None
+        on CPUs): works, error, flops_per_s of one matrix product on the device training would use (on the CPU: of one
+        thread).
         attention: device (an `AttentionDevice`), kernels (of each backend that runs: family and name of the kernel that
         the profiler saw, None on CPUs), broken (backends that fail, with the error).
         distributed: gloo, nccl. compile: compiler (name or None), triton. cpu_capability: torch's own choice of code.
@@ -65,6 +66,8 @@ def facts(torch: Any) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "fp32": _matmul(torch, device, torch.float32),
         "bf16": _matmul(torch, device, torch.bfloat16),
+        # CPUs imitate it so slowly that nobody trains with it there, and one product takes seconds.
+        "fp16": _matmul(torch, device, torch.float16) if device == "cuda" else None,
         "attention": _attention(torch, device),
         "distributed": distributed,
         "compile": {"compiler": _compiler(), "triton": importlib.util.find_spec("triton") is not None},

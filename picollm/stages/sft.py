@@ -11,11 +11,13 @@ import torch
 from picollm.config.recipe import TrainRecipe
 from picollm.data.conversations import Conversation
 from picollm.data.datasets import Dataset
-from picollm.data.packing import Batches, Encoded, RowPacker
+from picollm.data.mixture import Mixture
+from picollm.data.packing import Batches, RowPacker
+from picollm.data.token_source import Encoded, LiveTokens
 from picollm.errors import ConfigError
 from picollm.model.gpt import GPT
 from picollm.stages.training import load_first_weights, read_inputs, run_training
-from picollm.tokenizer.chat_format import render
+from picollm.tokenizer.chat_format import has_target, render
 from picollm.tokenizer.tokenizer import Tokenizer
 from picollm.worker import Worker, run
 
@@ -40,8 +42,17 @@ def mix(datasets: list[Dataset], recipe: TrainRecipe, split: str) -> list[Conver
     return mixed
 
 
-def encoder(conversations: list[Conversation], tokenizer: Tokenizer):
-    """Conversations by index -> tokens behind the bos, with their loss mask."""
+def learnable(conversations: list[Conversation], tokenizer: Tokenizer, length: int) -> tuple[list[Conversation], int]:
+    """Those of which a row of `length` tokens holds a token that carries loss, and how many different ones are not."""
+    found: dict[int, bool] = {}  # a mixture repeats conversations
+    for conversation in conversations:
+        if id(conversation) not in found:
+            found[id(conversation)] = has_target(tokenizer, conversation, length)
+    return [c for c in conversations if found[id(c)]], sum(not kept for kept in found.values())
+
+
+def tokens_of(conversations: list[Conversation], tokenizer: Tokenizer, length: int) -> LiveTokens:
+    """Conversations as tokens behind the bos with their loss mask, as many of each as a row holds."""
 
     def encode(indices: Sequence[int]) -> list[Encoded]:
         out = []
@@ -50,7 +61,7 @@ def encoder(conversations: list[Conversation], tokenizer: Tokenizer):
             out.append(Encoded(np.array(ids[1:], dtype=np.int32), np.array(mask[1:], dtype=bool)))
         return out
 
-    return encode
+    return LiveTokens(encode, len(conversations), limit=length)
 
 
 @torch.no_grad()
@@ -62,8 +73,8 @@ def validation_loss(
         return None
     try:
         packer = RowPacker(
-            encoder(conversations, tokenizer), len(conversations), length=length, bos=tokenizer.bos, seed=0,
-            buffer_size=min(64, len(conversations)), cut=False,
+            Mixture([tokens_of(conversations, tokenizer, length)], [1.0], seed=0), length=length, bos=tokenizer.bos,
+            seed=0, buffer_size=min(64, len(conversations)), packing="whole",
         )  # fmt: skip
         batches = Batches(packer, rows_per_step=batch, device_batch_size=batch, rank=0, world=1)
         device = model.embed_tokens.device
@@ -80,8 +91,24 @@ def validation_loss(
 def main(worker: Worker) -> None:
     inputs = read_inputs(worker)
     recipe, tokenizer = inputs.recipe, inputs.tokenizer
-    train, validation = (mix(inputs.datasets, recipe, split) for split in ("train", "validation"))
     length = recipe.model.max_position_embeddings
+    parts: dict[str, list[Conversation]] = {}
+    for split in ("train", "validation"):
+        mixed = mix(inputs.datasets, recipe, split)
+        parts[split], left_out = learnable(mixed, tokenizer, length)
+        if left_out:
+            worker.note(
+                f"{split}: left out {left_out:,} of the conversations, because what comes before the first reply fills "
+                f"the {length:,} tokens that the model reads",
+                level="warning",
+            )
+        if mixed and not parts[split] and split == "train":
+            raise ConfigError(
+                "there is nothing to fine-tune on",
+                cause=f"in every conversation the first reply comes after {length:,} tokens, more than the model reads",
+                hint="use shorter conversations, or a new run with a larger `model.max_position_embeddings`",
+            )
+    train, validation = parts["train"], parts["validation"]
 
     def evaluate(model: GPT, step: int) -> dict[str, float]:
         loss = validation_loss(model, validation, tokenizer, length, inputs.runtime.device_batch_size)
@@ -91,9 +118,8 @@ def main(worker: Worker) -> None:
     run_training(
         worker,
         inputs,
-        encode=encoder(train, tokenizer),
-        num_documents=len(train),
-        cut=False,
+        sources=[tokens_of(train, tokenizer, length)],
+        weights=[1.0],
         evaluate=evaluate,
         initialise=lambda model: load_first_weights(model, worker, "pretrain", recipe.init_from),
     )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from picollm.attention_choice import AttentionChoice, choose_attention
+from picollm.attention_choice import AttentionChoice, attention_for
 from picollm.config.recipe import TrainRecipe, TrainRuntime
 from picollm.data.datasets import Dataset
-from picollm.data.packing import Batches, Encode, RowPacker
+from picollm.data.mixture import Mixture
+from picollm.data.packing import Batches, RowPacker
+from picollm.data.token_source import TokenSource
 from picollm.errors import ConfigError, IntegrityError
-from picollm.files import sha256_json
+from picollm.files import read_json, sha256_json
 from picollm.model.attention import attention_device, kernel_that_ran
 from picollm.model.gpt import GPT
+from picollm.run_dir import StageDir
 from picollm.tokenizer.tokenizer import Tokenizer
 from picollm.train import checkpoint
 from picollm.train.checkpoint_files import checkpoint_dir
@@ -51,16 +55,27 @@ def read_inputs(worker: Worker) -> Inputs:
         reason = settings.pop("reason", None)
         runtime = TrainRuntime.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(f"`{worker.stage.config_path}` is not a training config", cause=str(error)) from error
+        raise _not_a_config(worker.stage, error) from error
     run = worker.stage.run
     tokenizer = Tokenizer.load(run.tokenizer)
     require_same(worker, "tokenizer", tokenizer.sha256, recipe.tokenizer_sha256)
     datasets = []
     for source in recipe.data:
-        dataset = Dataset.open(source.dataset, base=run.base)
+        dataset = Dataset.open(source.dataset, base=run.base, keep=(source.sha256,))
         require_same(worker, f"dataset `{source.dataset}`", dataset.sha256, source.sha256)
         datasets.append(dataset)
     return Inputs(recipe, runtime, tokenizer, datasets, reason)
+
+
+def _not_a_config(stage: StageDir, error: ValidationError) -> ConfigError:
+    """What is wrong with a stage's config, in the file that says it."""
+    wrong = error.errors(include_url=False)
+    cause = "; ".join(f"`{'.'.join(str(part) for part in one['loc'])}`: {one['msg']}" for one in wrong)
+    changed = read_json(stage.runtime_path) if stage.runtime_path.is_file() else {}
+    if isinstance(changed, dict) and any(one["loc"][0] in changed for one in wrong):
+        hint = f"remove it: `{stage.config_path.name}` holds the first values"
+        return ConfigError(f"`{stage.runtime_path}` changes the runtime to what cannot be", cause=cause, hint=hint)
+    return ConfigError(f"`{stage.config_path}` is not a training config", cause=cause)
 
 
 def require_same(worker: Worker, what: str, found: str, recorded: str, *, hint: str = PUT_BACK) -> None:
@@ -82,17 +97,15 @@ def run_training(
     worker: Worker,
     inputs: Inputs,
     *,
-    encode: Encode,
-    num_documents: int,
-    cut: bool,
+    sources: Sequence[TokenSource],
+    weights: Sequence[float],
     evaluate: Callable[[GPT, int], dict[str, float]],
     initialise: Callable[[GPT], None] | None = None,
 ) -> None:
     """Train as the recipe says, from the last checkpoint if there is one, and write the stage record.
 
     Args:
-        encode: documents by index -> tokens, see RowPacker.
-        cut: long documents are cut into pieces (text), or rows padded (conversations).
+        sources: documents as tokens, with their shares `weights`.
         evaluate: model and rank 0's step -> values to record.
         initialise: gives a stage's first weights, where they are not random.
     """
@@ -105,26 +118,24 @@ def run_training(
             cause=f"a row is {length} tokens",
             hint=f"use a multiple of {length * worker.world}",
         )
-    attention = choose_attention(
-        attention_device(worker.device),
+    attention = attention_for(
+        recipe.model,
         recipe.dtype,
-        length,
-        windows=recipe.model.sliding_window is not None,
-        requested=runtime.attention,
-        head_size=recipe.model.head_dim,
+        attention_device(worker.device),
+        runtime.attention,
+        documents=recipe.packing == "documents",
     )
     trainer = build_trainer(recipe, runtime, attention, worker.device)
     model = trainer.model
     if initialise is not None and not stage.finished_steps():
         initialise(model)
     packer = RowPacker(
-        encode,
-        num_documents,
+        Mixture(sources, weights, recipe.seed),
         length=length,
         bos=inputs.tokenizer.bos,
         seed=recipe.seed,
         buffer_size=recipe.buffer_documents,
-        cut=cut,
+        packing=recipe.packing,
     )
     batches = Batches(
         packer,
@@ -137,9 +148,19 @@ def run_training(
     _tell_how(worker, inputs, attention, trainer)
     result = train(worker, Job(recipe, runtime, trainer, batches, lambda step: evaluate(model, step)))
     if worker.rank == 0:
+        result |= _what_was_read(packer, [source.dataset for source in recipe.data])
         final = checkpoint_dir(stage, recipe.steps)
         outputs = sorted(path for path in final.rglob("*") if path.is_file())
         stage.write_record({"recipe": sha256_json(worker.config["recipe"])}, outputs, result)
+
+
+def _what_was_read(packer: RowPacker, names: Sequence[str]) -> dict[str, Any]:
+    """For the stage record: per dataset documents, tokens, epochs and true share, and the share of tokens cut."""
+    drawn = packer.documents.describe()
+    figures: dict[str, Any] = {"cut_share": round(packer.cut_share, 4)}
+    if len(drawn) == len(names):
+        figures["data"] = [{"dataset": name, **part} for name, part in zip(names, drawn, strict=True)]
+    return figures
 
 
 def _tell_how(worker: Worker, inputs: Inputs, attention: AttentionChoice, trainer: Trainer) -> None:
@@ -149,7 +170,7 @@ def _tell_how(worker: Worker, inputs: Inputs, attention: AttentionChoice, traine
     threads = f"{runtime.threads} thread{'s' * (runtime.threads > 1)}{' each' * (worker.world > 1)}"
     parts = [f"{processes}, {threads}", f"{recipe.dtype}: {recipe.dtype_reason}"]
     if recipe.fp8:
-        parts.append(f"fp8: {recipe.fp8_reason}")
+        parts.append(f"fp8: {recipe.fp8_reason}" if trainer.fp8 else "no fp8: no matrix is large enough for it")
     parts.append(f"{attention} attention: {attention.reason}")
     worker.note("; ".join(parts))
     model = trainer.model

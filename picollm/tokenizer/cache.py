@@ -11,10 +11,11 @@ read: the cache is thrown away and made again, because everything in it can be.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ PART_CHARS = 16_000_000
 BATCH_DOCUMENTS = 256
 # Bytes of cache for a character of text before it is tokenised: two bytes for a token of about four characters.
 BYTES_PER_CHAR = 0.6
+CHARS_PER_TOKEN = 4
+# Tokenising everything once, by all cores and before training, is worth it from this share of what would be tokenised
+# one by one while training.
+WORTH_IT = 0.5
 
 # (documents tokenised, documents in all); what it raises ends the build, finished parts stay
 Progress = Callable[[int, int], None]
@@ -45,35 +50,50 @@ def cache_dir(base: Path, dataset: Dataset, tokenizer: Tokenizer) -> Path:
     return base / "cache/tokens" / f"{dataset.name}-{dataset.sha256[:12]}-{tokenizer.sha256[:12]}"
 
 
-def wanted(dataset: Dataset, tokens: int, limit_bytes: float) -> tuple[bool, str]:
+def expected_bytes(dataset: Dataset) -> float:
+    """About what a dataset's cache takes on disk."""
+    return dataset.chars("train") * BYTES_PER_CHAR
+
+
+def wanted(dataset: Dataset, tokens: float, limit_bytes: float, readers: int = 1) -> tuple[bool, str]:
     """Whether a run of so many tokens should use a cache, and why.
 
-    It pays when most of the dataset is read, and must not when it is larger than it may be.
+    It pays when it is less work than tokenising what is drawn, which each of the `readers` would do for itself, and
+    must not be larger than it may be.
     """
-    chars = dataset.chars("train")
-    if (size := chars * BYTES_PER_CHAR) > limit_bytes:
-        return False, f"its tokens would take about {size / 2**30:.1f} GiB, `data.cache_gib` allows less"
-    if tokens * 8 < chars:
-        return False, "the run reads less than half of the dataset"
-    return True, "the run reads most of the dataset"
+    if not limit_bytes:
+        return False, "`data.cache_gib` is 0"
+    if (size := expected_bytes(dataset)) > limit_bytes:
+        return False, f"they would take about {size / 2**30:.1f} GiB, more than `data.cache_gib` leaves for them"
+    drawn = tokens * CHARS_PER_TOKEN * readers / max(1, dataset.chars("train"))
+    if drawn < WORTH_IT:
+        return False, f"the run tokenises only {drawn:.0%} as much text as the dataset has"
+    return True, "the run reads most of the dataset" if readers == 1 else "all ranks read the same text"
 
 
-def open_cache(base: Path, dataset: Dataset, tokenizer: Tokenizer) -> CachedTokens | None:
-    """The finished cache, every byte verified, or None.
+def open_cache(base: Path, dataset: Dataset, tokenizer: Tokenizer, *, verify: bool = True) -> CachedTokens | None:
+    """The finished cache, or None.
 
     A damaged one counts as none: `build` makes it again.
+
+    Args:
+        verify: hash every byte first; not needed where another process of the stage just did.
     """
     folder = cache_dir(base, dataset, tokenizer)
     try:
         index = _read_index(folder, dataset, tokenizer)
-        with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-            sums = list(threads.map(lambda part: _hash_part(folder, part["name"]), index["parts"]))
-        if any(part["sha256"] != found for part, found in zip(index["parts"], sums, strict=True)):
+        if verify and not _is_intact(folder, index):
             return None
         os.utime(folder / INDEX)  # the one used longest ago goes first when room is short
         return CachedTokens([_open_part(folder, part["name"], index["dtype"]) for part in index["parts"]])
     except (OSError, IntegrityError, KeyError, TypeError, ValueError):
         return None
+
+
+def _is_intact(folder: Path, index: dict[str, Any]) -> bool:
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        sums = threads.map(lambda part: _hash_part(folder, part["name"]), index["parts"])
+        return all(part["sha256"] == found for part, found in zip(index["parts"], sums, strict=True))
 
 
 def build(
@@ -83,13 +103,14 @@ def build(
     *,
     processes: int,
     limit_bytes: float,
+    keep: Collection[Path] = (),
     on_progress: Progress | None = None,
 ) -> CachedTokens:
     """Open the cache, after making what is missing of it.
 
     Args:
         processes: that tokenise side by side; one works in this process.
-        limit_bytes: room for all caches together; those used longest ago are removed for it.
+        limit_bytes: room for all caches together; those used longest ago are removed for it, but none of `keep`.
         on_progress: called several times a second.
 
     Raises:
@@ -104,7 +125,7 @@ def build(
             shutil.rmtree(folder)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _make_room(folder, dataset.chars("train") * BYTES_PER_CHAR, limit_bytes)
+            _make_room(folder, expected_bytes(dataset), limit_bytes, keep)
         documents = dataset.rows("train")
         rows = max(1, PART_CHARS * documents // max(1, dataset.chars("train")))
         tasks = [(f"part-{i:05d}", i * rows, min((i + 1) * rows, documents)) for i in range(-(-documents // rows))]
@@ -159,10 +180,11 @@ def _open_part(folder: Path, name: str, dtype: str) -> tuple[np.ndarray, np.ndar
     path = folder / f"{name}.tokens"
     # An empty file cannot be mapped.
     tokens = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
-    return tokens, offsets
+    # As plain arrays: a slice of a memmap costs several times as much.
+    return tokens.view(np.ndarray), offsets.view(np.ndarray)
 
 
-def _make_room(folder: Path, needed: float, limit: float) -> None:
+def _make_room(folder: Path, needed: float, limit: float, keep: Collection[Path]) -> None:
     """Remove other caches, those used longest ago first, until this one fits beside them."""
     others = []
     for other in folder.parent.iterdir():
@@ -174,6 +196,8 @@ def _make_room(folder: Path, needed: float, limit: float) -> None:
     for _, other, size in sorted(others):
         if total + needed <= limit:
             return
+        if other in keep:
+            continue
         shutil.rmtree(other, ignore_errors=True)
         total -= size
 
@@ -206,18 +230,22 @@ def _run(
         for task in missing:
             _tokenize(folder, documents, tokenizer, task, tell)
         return
-    setup = (folder, dataset.name, base, tokenizer.json)
-    for documents in in_processes(_work, missing, processes, setup=_open, arguments=setup, tick=lambda: tell(0)):
-        tell(documents)
+    setup = (folder, dataset.name, dataset.sha256, base, tokenizer.json)
+    work = in_processes(
+        _work, missing, min(processes, len(missing)), setup=_open, arguments=setup, tick=lambda: tell(0)
+    )
+    with contextlib.closing(work):
+        for documents in work:
+            tell(documents)
 
 
 _worker: tuple[Path, Any, Tokenizer]
 
 
-def _open(folder: Path, name: str, base: Path, tokenizer_json: bytes) -> None:
+def _open(folder: Path, name: str, sha256: str, base: Path, tokenizer_json: bytes) -> None:
     """In a process of the pool: open what every part needs, once."""
     global _worker
-    _worker = (folder, Dataset.open(name, base).documents("train"), Tokenizer(tokenizer_json))
+    _worker = (folder, Dataset.open(name, base, keep=(sha256,)).documents("train"), Tokenizer(tokenizer_json))
 
 
 def _work(task: tuple[str, int, int]) -> int:

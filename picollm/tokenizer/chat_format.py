@@ -102,6 +102,25 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return [*ids, tokenizer.special[ASSISTANT_START]]
 
 
+def has_target(tokenizer: Tokenizer, conversation: Conversation, length: int) -> bool:
+    """Whether training sees a token that carries loss when it reads at most T = `length` tokens behind the bos.
+
+    False when all that comes before the first reply fills the row already. Most conversations are judged by their
+    bytes, of which no text has fewer than tokens.
+    """
+    before = []
+    for message in conversation.messages:
+        if message.role == "assistant":
+            break
+        before.append(message)
+    # Of the marks, bos lies before the row; `<|user_start|>`, `<|user_end|>`, `<|assistant_start|>` and the blank line
+    # after a system message are in it, and so must be one token of the reply.
+    marks = 4 + 2 * (len(before) - 1)
+    if sum(len(message.text.encode()) for message in before) + marks <= length:
+        return True
+    return len(render_prompt(tokenizer, before)) <= length
+
+
 def _pieces(messages: Sequence[Message]) -> Iterator[tuple[str, bool, bool]]:
     """(text, is it a special token, is it a target). Text between two specials is one piece, as BPE must see it."""
     yield BOS, True, False

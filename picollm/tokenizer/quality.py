@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from picollm.tokenizer.references import Reference
 from picollm.tokenizer.samples import NASTY, SAMPLES
 from picollm.tokenizer.special import SPECIALS
 from picollm.tokenizer.tokenizer import StreamDecoder, Tokenizer
@@ -41,28 +42,35 @@ class Quality:
     """Share of the ordinary tokens that no text of `kinds` needs; honest only with much text."""
     chars_per_cpu_s: float | None
     """Characters encoded per second of CPU time, all threads added; None when too fast to measure."""
+    beside: dict[str, dict[str, float]]
+    """Name of another tokenizer -> kind -> its bytes per token on the same texts."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def evaluate(tokenizer: Tokenizer, texts: Mapping[str, Iterable[str]]) -> Quality:
+def evaluate(tokenizer: Tokenizer, texts: Mapping[str, Iterable[str]], beside: Sequence[Reference] = ()) -> Quality:
     """Measure a tokenizer on texts by kind, beside the built-in samples of prose, code, numbers and other scripts.
 
     Args:
         texts: kind -> texts, such as `{"validation": documents}`; a kind without text is left out of the result.
+        beside: other tokenizers whose tokens are counted on the same texts.
     """
     kinds: dict[str, KindQuality] = {}
+    others: dict[str, dict[str, float]] = {reference.name: {} for reference in beside}
     seen: set[int] = set()
     failed: list[str] = []
     num_checked = 0
     cpu_s = 0.0
     for kind, stream in {**texts, **SAMPLES}.items():
         documents = chars = num_bytes = tokens = 0
+        counts = dict.fromkeys(others, 0)
         for batch in _batches(stream):
             started = time.process_time()
             encoded = tokenizer.encode_batch(batch)
             cpu_s += time.process_time() - started
+            for reference in beside:
+                counts[reference.name] += reference.count(batch)
             for text, ids in zip(batch, encoded, strict=True):
                 documents += 1
                 chars += len(text)
@@ -74,6 +82,8 @@ def evaluate(tokenizer: Tokenizer, texts: Mapping[str, Iterable[str]]) -> Qualit
                     failed.append(text)
         if tokens:
             kinds[kind] = KindQuality(documents, chars, num_bytes, tokens, num_bytes / tokens)
+            for name, count in counts.items():
+                others[name][kind] = num_bytes / count
     for text in NASTY:
         num_checked += 1
         ids = tokenizer.encode(text)
@@ -93,6 +103,7 @@ def evaluate(tokenizer: Tokenizer, texts: Mapping[str, Iterable[str]]) -> Qualit
         unknown_bytes=256 - len(single),
         unused_share=(ordinary - len(seen)) / ordinary,
         chars_per_cpu_s=total_chars / cpu_s if cpu_s > 0 else None,
+        beside=others,
     )
 
 

@@ -1,6 +1,10 @@
-"""The nine special tokens and the split regex: what every file and every exporter must agree on."""
+"""The nine special tokens and the split regexes: what every file and every exporter must agree on."""
 
 from __future__ import annotations
+
+from typing import Literal
+
+Digits = Literal[1, 2]
 
 BOS = "<|bos|>"
 USER_START = "<|user_start|>"
@@ -25,14 +29,20 @@ SPECIALS = (
     OUTPUT_END,
 )
 
-# llama.cpp's `tokenizer.ggml.pre = "qwen2"` splits text in exactly this way; any other regex ends GGUF parity.
-# It also keeps the text `<|bos|>` from ever being one pre-token, so no merge can spell a special token.
-SPLIT_PATTERN = (
-    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
+
+def _split_pattern(digits: str) -> str:
+    return (
+        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+        r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+        rf"|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+"
+        r"|\s+(?!\S)"
+        r"|\s+"
+    )
+
+
+# Digits that may stand in one token -> the regex that splits text before BPE; the only ones a tokenizer may have.
+# llama.cpp's `tokenizer.ggml.pre = "qwen2"` splits text in exactly the first way; it has no name for the second.
+# Both keep the text `<|bos|>` from ever being one pre-token, so no merge can spell a special token.
+SPLIT_PATTERNS: dict[Digits, str] = {1: _split_pattern(r"\p{N}"), 2: _split_pattern(r"\p{N}{1,2}")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -16,17 +16,23 @@ from picollm.tokenizer.train import capped, train
 
 
 def train_stage(
-    run: RunDir, config: RunConfig, *, on_progress: Callable[[int, int], None] | None = None
+    run: RunDir,
+    config: RunConfig,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    wait_for: Callable[[datasets.Dataset, datasets.ShardFile], None] | None = None,
 ) -> dict[str, Any]:
     """Train the run's tokenizer unless it is there already, and return the stage's record.
 
-    Only the training split is read, up to `tokenizer.max_chars`. A run on the toy world also reads the toy world's
-    conversations, so that what fine-tuning says has tokens too. A tokenizer that is damaged, or was made from other
-    text, is moved to `old/` and made again; nothing is deleted. Once pretraining has begun only the same tokenizer can
-    be made again, which mends a damaged one.
+    Only the training split is read, up to `tokenizer.max_chars`; of a mixture's datasets in shares of characters by
+    their weights. A run on the toy world also reads the toy world's conversations, so that what fine-tuning says has
+    tokens too. A tokenizer that is damaged, or was made from other text, is moved to `old/` and made again; nothing is
+    deleted. Once pretraining has begun only the same tokenizer can be made again, which mends a damaged one.
 
     Args:
         on_progress: called with characters read and an upper bound of what will be read; equal at the end.
+        wait_for: called before a shard of a downloaded dataset is read; returns when it is there. Shards are read in
+            the order of the record, so what is trained on does not depend on when they come.
 
     Raises:
         ConfigError: the dataset holds no text to train on, or is one of conversations; or pretraining has begun and a
@@ -35,14 +41,15 @@ def train_stage(
         IntegrityError: a shard of it is not as recorded.
     """
     used = run.dataset_hashes()
-    sources = [datasets.ensure(config.data.dataset, base=run.base, keep=used)]
-    if sources[0].kind != "text":
+    weights = dict(config.data.sources)
+    sources = [datasets.ensure(name, base=run.base, keep=used) for name in weights]
+    if wrong := next((source for source in sources if source.kind != "text"), None):
         raise ConfigError(
-            f"dataset `{sources[0].name}` holds {sources[0].kind}, not text",
-            cause="`data.dataset` is what pretraining and the tokenizer read",
+            f"dataset `{wrong.name}` holds {wrong.kind}, not text",
+            cause=f"`data.{'mix' if config.data.mix else 'dataset'}` is what pretraining and the tokenizer read",
             hint="name a dataset of text with `--set data.dataset=NAME`; `picollm data list` shows the kinds",
         )
-    if sources[0].name == datasets.TOY_WORLD:
+    if datasets.TOY_WORLD in weights:
         sources.append(datasets.ensure(datasets.TOY_WORLD_CHAT, base=run.base, keep=used))
     wanted = config.tokenizer
     recipe = {
@@ -50,7 +57,9 @@ def train_stage(
         "vocab_size": wanted.vocab_size,
         "max_chars": wanted.max_chars,
         "doc_chars": wanted.doc_chars,
-    }
+    } | ({} if wanted.digits == 1 else {"digits": wanted.digits})  # so a recipe written before there was a choice stays
+    if config.data.mix:
+        recipe["weights"] = weights
     inputs = {"recipe": sha256_json(recipe), **{_dataset_key(source.name): source.sha256 for source in sources}}
 
     stage = StageDir(run.tokenizer)
@@ -65,7 +74,10 @@ def train_stage(
     counts = {"documents": 0, "chars": 0}
 
     def texts() -> Iterator[str]:
-        every = _alternate(*(_training_texts(source) for source in sources))
+        streams = {source.name: _training_texts(source, wait_for) for source in sources}
+        if datasets.TOY_WORLD in streams:
+            streams[datasets.TOY_WORLD] = _alternate(streams[datasets.TOY_WORLD], streams.pop(datasets.TOY_WORLD_CHAT))
+        every = _in_proportion([(streams[name], weight) for name, weight in weights.items()], wanted.doc_chars)
         for text in capped(every, max_chars=wanted.max_chars, doc_chars=wanted.doc_chars):
             counts["documents"] += 1
             counts["chars"] += len(text)
@@ -76,12 +88,13 @@ def train_stage(
     tokenizer = train(
         texts(),
         wanted.vocab_size,
+        digits=wanted.digits,
         on_progress=on_progress and (lambda done: on_progress(done, max(done, expected))),
     )
     if on_progress:
         on_progress(counts["chars"], counts["chars"])
     files = tokenizer.save(stage.path)
-    result = {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256, **counts}
+    result = {"vocab_size": tokenizer.vocab_size, "digits": tokenizer.digits, "sha256": tokenizer.sha256, **counts}
     return stage.write_record(inputs, files, result)
 
 
@@ -123,9 +136,11 @@ def _is_intact(stage: StageDir, record: dict[str, Any]) -> bool:
     return all(sha256_file(stage.path / name) == entry["sha256"] for name, entry in record["outputs"].items())
 
 
-def _training_texts(dataset: datasets.Dataset) -> Iterable[str]:
+def _training_texts(
+    dataset: datasets.Dataset, wait_for: Callable[[datasets.Dataset, datasets.ShardFile], None] | None
+) -> Iterable[str]:
     if dataset.kind == "text":
-        return iter(dataset.documents("train"))
+        return dataset.stream("train", wait_for and (lambda file: wait_for(dataset, file)))
     return map(_said, dataset.conversations("train"))
 
 
@@ -136,6 +151,24 @@ def _said(conversation: Conversation) -> str:
 def _alternate(*streams: Iterable[str]) -> Iterator[str]:
     """One text of each stream in turn, so that a cap on characters cannot shut out the later ones."""
     return (text for text in chain.from_iterable(zip_longest(*streams)) if text is not None)
+
+
+def _in_proportion(parts: Sequence[tuple[Iterable[str], float]], doc_chars: int) -> Iterator[str]:
+    """Texts of several streams, in shares of characters as their weights say, for as long as each of them lasts.
+
+    Args:
+        doc_chars: characters of a text that count.
+    """
+    streams = [iter(stream) for stream, _ in parts]
+    read, left = [0] * len(parts), list(range(len(parts)))
+    while left:
+        behind = min(left, key=lambda i: read[i] / parts[i][1])
+        text = next(streams[behind], None)
+        if text is None:
+            left.remove(behind)
+            continue
+        read[behind] += min(len(text), doc_chars)
+        yield text
 
 
 def _no_text(name: str) -> ConfigError:

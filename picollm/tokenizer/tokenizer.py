@@ -16,7 +16,7 @@ import tokenizers
 from picollm.errors import IntegrityError, MissingArtifact
 from picollm.files import write_atomic, write_json
 from picollm.run_dir import StageDir
-from picollm.tokenizer.special import ASSISTANT_END, BOS, SPECIALS
+from picollm.tokenizer.special import ASSISTANT_END, BOS, SPECIALS, SPLIT_PATTERNS, Digits
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -56,6 +56,7 @@ class Tokenizer:
         # Otherwise a user could write `<|assistant_start|>` and speak as the assistant.
         self._backend.encode_special_tokens = True
         self._json = tokenizer_json
+        self._digits = _digits_of(tokenizer_json)
         self._bytes = self._bytes_by_id()
 
     def _bytes_by_id(self) -> list[bytes]:
@@ -96,6 +97,11 @@ class Tokenizer:
     @property
     def bos(self) -> int:
         return self.special[BOS]
+
+    @property
+    def digits(self) -> Digits:
+        """Digits that may stand in one token; 2 is what GGUF has no word for (`picollm.plan.exports`)."""
+        return self._digits
 
     @cached_property
     def token_bytes(self) -> list[int]:
@@ -202,6 +208,31 @@ class Tokenizer:
             return cls(data)
         except ValueError as error:
             raise IntegrityError(f"`{path}` is not a tokenizer of picollm", cause=str(error), hint=hint) from error
+
+
+def _digits_of(tokenizer_json: bytes) -> Digits:
+    """Which of picollm's two pipelines a `tokenizer.json` has; text must be cut the same way by every reader of it.
+
+    Raises:
+        ValueError: neither.
+    """
+    data = json.loads(tokenizer_json)
+    splits = [data.get("normalizer"), data.get("pre_tokenizer")]
+    for digits, pattern in SPLIT_PATTERNS.items():
+        if splits == [None, split_pipeline(pattern)]:
+            return digits
+    raise ValueError("it splits text in a way of its own, not by one of picollm's two regexes")
+
+
+def split_pipeline(pattern: str) -> dict[str, object]:
+    """The `pre_tokenizer` of a `tokenizer.json`: cut by a regex, then bytes as characters."""
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        ],
+    }
 
 
 class StreamDecoder:

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from picollm.errors import ConfigError
-from picollm.tokenizer.special import SPECIALS, SPLIT_PATTERN
+from picollm.tokenizer.special import SPECIALS, SPLIT_PATTERNS, Digits
 from picollm.tokenizer.tokenizer import Tokenizer
 
 MIN_VOCAB_SIZE = 256 + len(SPECIALS)
@@ -29,7 +29,13 @@ def capped(texts: Iterable[str], *, max_chars: int, doc_chars: int) -> Iterator[
             return
 
 
-def train(texts: Iterator[str], vocab_size: int, *, on_progress: Callable[[int], None] | None = None) -> Tokenizer:
+def train(
+    texts: Iterator[str],
+    vocab_size: int,
+    *,
+    digits: Digits = 1,
+    on_progress: Callable[[int], None] | None = None,
+) -> Tokenizer:
     """Learn merges from texts until the vocabulary is full or no pair of tokens occurs twice.
 
     The library asks for texts on threads of its own and does not look at signals while it works. So it runs beside
@@ -38,6 +44,7 @@ def train(texts: Iterator[str], vocab_size: int, *, on_progress: Callable[[int],
     Args:
         texts: training text; read once, on another thread. Its exceptions reach the caller.
         vocab_size: tokens wanted in all, the nine specials included; the result may have fewer.
+        digits: that may stand in one token.
         on_progress: called about ten times a second, on the caller's thread, with the characters read so far.
 
     Raises:
@@ -52,7 +59,7 @@ def train(texts: Iterator[str], vocab_size: int, *, on_progress: Callable[[int],
     backend = tokenizers.Tokenizer(models.BPE(ignore_merges=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT_PATTERNS[digits]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )

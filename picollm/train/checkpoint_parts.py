@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,20 @@ def _announced(temporary: Path, file: str) -> Part | None:
     return part if seen == part.bytes else None  # a network disk may show the note before the last bytes
 
 
-def await_end(temporary: Path, *, timeout_s: float = PEER_TIMEOUT_S) -> None:
+def await_end(
+    temporary: Path, *, timeout_s: float = PEER_TIMEOUT_S, stopped: Callable[[], bool] = lambda: False
+) -> None:
     """Wait until rank 0 has committed a checkpoint or given it up: either way its temporary folder is gone.
+
+    Args:
+        stopped: whether this rank was asked to end. It then waits no longer: its part is written, and a rank 0 that
+            has died would keep it here.
 
     Raises:
         WorkerError: it takes too long.
     """
     deadline = time.monotonic() + timeout_s
-    while temporary.exists():
+    while temporary.exists() and not stopped():
         if time.monotonic() > deadline:
             raise WorkerError(
                 f"rank 0 has not completed `{temporary}`",

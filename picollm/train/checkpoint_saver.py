@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,9 @@ class Saver:
     Args:
         keep_last: checkpoints to keep; the newest is always among them.
         asynchronous: `save` returns when the state is copied, and a thread writes it. The copy takes as much host
-            memory as weights and state; where that is not to be had, saving becomes synchronous.
+            memory as weights and state of the rank, or up to twice that where it is pinned (torch rounds each tensor
+            up to a power of two), and keeps it; where that is not to be had, saving becomes synchronous.
+        stopped: whether this rank was asked to end; see `checkpoint_parts.await_end`.
         attempt: a name that all ranks know and no other start of this stage has; None agrees on one, which every
             rank must take part in.
         timeout_s: how long a rank waits for the others' files.
@@ -76,11 +78,13 @@ class Saver:
         keep_last: int,
         asynchronous: bool,
         warn: Callable[[str], None] | None = None,
+        stopped: Callable[[], bool] = lambda: False,
         attempt: str | None = None,
         timeout_s: float = parts.PEER_TIMEOUT_S,
     ) -> None:
         self.stage, self.rank, self.world = stage, rank, world
         self.keep_last, self.asynchronous, self.warn, self.timeout_s = keep_last, asynchronous, warn, timeout_s
+        self.stopped = stopped
         self.attempt = attempt or distributed.gather_texts(secrets.token_hex(4))[0]
         self._serial = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -126,24 +130,27 @@ class Saver:
         saved, self._saved = self._saved, []
         return saved
 
-    def wait(self) -> None:
+    def wait(self, timeout_s: float | None = None) -> None:
         """Return when every save is committed.
 
         Raises:
+            TimeoutError: after `timeout_s`.
             HostError: the newest could not be written.
             WorkerError: another rank did not write its part of it, or rank 0 did not commit it.
         """
-        self._settle()
+        self._settle(timeout_s)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     # -- on the main thread ------------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def _settle(self, timeout_s: float | None = None) -> None:
         """Wait for the save in flight and note how it ended."""
         if self._pending is None:
             return
+        if wait([self._pending[1]], timeout_s).not_done:
+            raise TimeoutError
         (step, future), self._pending = self._pending, None
         try:
             saved = future.result()
@@ -203,7 +210,7 @@ class Saver:
                 with contextlib.suppress(HostError):  # rank 0 will find out by itself
                     parts.announce_failure(temporary, file, getattr(error, "cause", None) or repr(error))
             raise
-        parts.await_end(temporary, timeout_s=self.timeout_s)
+        parts.await_end(temporary, timeout_s=self.timeout_s, stopped=self.stopped)
         return None
 
     def _complete(self, work: _Work, own: parts.Part) -> Saved:

@@ -26,6 +26,8 @@ from picollm.train.metrics import Throughput, memory, peak_flops
 from picollm.train.step import MAX_BAD_STEPS, Pending, StepResult, Trainer
 from picollm.worker import Worker
 
+# How long a rank that fails waits for the save in flight.
+LAST_SAVE_S = 15.0
 # step -> values to record, by name
 Evaluate = Callable[[int], dict[str, float]]
 
@@ -61,9 +63,9 @@ def train(worker: Worker, job: Job) -> dict[str, Any]:
                 collect()
         return loop.finish()
     except BaseException:
-        if worker.world == 1:  # other ranks may be gone, and a save needs all of them
-            with contextlib.suppress(Exception):
-                loop.saver.wait()
+        with contextlib.suppress(Exception):
+            # Other ranks may be gone, and a save needs all of them.
+            loop.saver.wait(None if worker.world == 1 else LAST_SAVE_S)
         raise
 
 
@@ -95,6 +97,7 @@ class _Loop:
             keep_last=self.runtime.keep_last,
             asynchronous=device.type == "cuda",
             warn=lambda text: worker.note(text, level="warning"),
+            stopped=worker.should_stop,
         )
         step_flops = self.recipe.batch_tokens * flops_per_token(self.recipe.model)
         self.throughput = Throughput(

@@ -111,10 +111,14 @@ class Trainer:
         """This rank's gradients, summed over micro-batches; returns its share of the loss (0-D float64)."""
         scale = 1.0 / max(1, batches.count)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, (inputs, targets) in enumerate(batches.micro_batches):
-            ids, wanted = (x.to(self.device, non_blocking=True) for x in (inputs, targets))
+        for i, micro_batch in enumerate(batches.micro_batches):
+            ids, wanted, *bounds = (x.to(self.device, non_blocking=True) for x in micro_batch)
             loss = self.model.loss(
-                ids, wanted, scale=scale if self.loss_scale is None else scale * loss_scale, z_loss=self.z_loss
+                ids,
+                wanted,
+                scale=scale if self.loss_scale is None else scale * loss_scale,
+                z_loss=self.z_loss,
+                bounds=bounds[0] if bounds else None,
             )
             if i == len(batches.micro_batches) - 1:
                 self.optimizer.last_micro_batch()
@@ -144,8 +148,7 @@ def build_trainer(
     model.init_weights(recipe.seed)
     model.to(device)
     model.activation_checkpointing = runtime.activation_checkpointing
-    if recipe.fp8:
-        precision.use_fp8(model)
+    fp8 = recipe.fp8 and precision.use_fp8(model) > 0
     optimizer = MuonAdamW(
         model,
         recipe.rates,
@@ -158,4 +161,4 @@ def build_trainer(
     if runtime.compile:
         model.compile_blocks()
         optimizer.compile()
-    return Trainer(model, optimizer, device, z_loss=recipe.z_loss, fp8=recipe.fp8)
+    return Trainer(model, optimizer, device, z_loss=recipe.z_loss, fp8=fp8)

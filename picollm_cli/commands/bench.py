@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,8 +26,6 @@ Examples:
 """
 app = typer.Typer(no_args_is_help=True, help=HELP)
 app.command("train")(bench_train.train)
-POLL_S = 0.2
-LOG_LINES = 8
 
 
 @app.command("gpu-probe")
@@ -104,39 +100,25 @@ def probe(out: Output, folder: Path, result: Path, device: str, sections: list[s
         WorkerError: the worker died, or a section failed; what was measured is written all the same.
     """
     from picollm.errors import WorkerError
-    from picollm.events import EventFollower, read_all
+    from picollm.events import read_all
     from picollm.files import disk_errors, write_json
+    from picollm_cli.processes import MEASURE_LOG, measure, measuring_died
 
     with disk_errors(folder):
         folder.mkdir(parents=True)
         result.parent.mkdir(parents=True, exist_ok=True)
     write_json(folder / "spec.json", {"device": device, "sections": sections, "shapes": shapes.to_json()})
-    events, log = folder / "results.jsonl", folder / "log.txt"
-    follower = EventFollower(events)
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "picollm.stages.gpu_probe", str(folder)],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-        try:
-            while process.poll() is None:
-                time.sleep(POLL_S)
-                for event in follower.poll():
-                    _show(out, event)
-        finally:
-            process.kill()
-            process.wait()
-            for event in follower.poll():
-                _show(out, event)
-            found = _result(read_all(events))
-            write_json(result, found)
+    events, code = folder / "results.jsonl", 1
+    try:
+        command = [sys.executable, "-m", "picollm.stages.gpu_probe", str(folder)]
+        code = measure(command, folder, events, lambda event: _show(out, event))
+    finally:
+        found = _result(read_all(events))
+        write_json(result, found)
     out.note(f"written to {result}")
     failed = [section["section"] for section in found["sections"] if section["error"]]
-    if process.returncode and not failed:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-LOG_LINES:]
-        cause = "\n    ".join([f"exit code {process.returncode}; its last lines:", *lines])
-        raise WorkerError("the probe died", cause=cause, hint=f"its whole output is in `{log}`")
+    if code and not failed:
+        raise measuring_died("the probe died", code, folder, hint=f"its whole output is in `{folder / MEASURE_LOG}`")
     if failed:
         cause = "; ".join(f"{s['section']}: {s['error']}" for s in found["sections"] if s["error"])
         hint = f"the other sections are in `{result}`"

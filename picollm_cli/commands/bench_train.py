@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import platform
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
 
 import typer
 
@@ -16,10 +17,22 @@ from picollm_cli.console import Output
 from picollm_cli.launch_line import Launch, parse_launch
 
 if TYPE_CHECKING:
+    from picollm.config.recipe import TrainRecipe, TrainRuntime
     from picollm.config.schema import RunConfig
 
 # Everything that a cell of the grid says about itself; `--compare` looks for the same cell in another file.
-KEYS = ("model", "depth", "T", "batch_tokens", "device_batch", "ranks", "dtype", "fp8", "attention", "compile")
+KEYS = (
+    *("model", "depth", "hidden_size", "T", "batch_tokens", "device_batch", "ranks", "threads", "dtype", "fp8"),
+    *("attention", "compile", "activation_checkpointing"),
+)
+POLL_S = 0.2
+
+
+class Plan(NamedTuple):
+    """What is measured: a configuration as a worker of a run would get it."""
+
+    recipe: TrainRecipe
+    runtime: TrainRuntime
 
 
 def train(
@@ -61,22 +74,74 @@ def train(
       picollm bench train --vary model.depth=12,20,24 --out speed.json
       picollm bench train --preset d12 --compare speed.json
     """
-    from picollm.files import read_json, write_json
-    from picollm.run_dir import expand
+    from picollm.files import write_json
+    from picollm_cli.prepare import check_launch
 
     out, how = Output(json), parse_launch(launch)
-    earlier = read_json(expand(compare), hint="name a file that `--out` wrote")["cells"] if compare else []
-    cells = []
-    for values in _grid(vary or []):
-        config_of = _resolve(preset, config, [*(sets or []), *values])
-        cell = _cell(out, config_of, how, steps)
-        cells.append(cell)
-        _show(out, cell, earlier)
+    # Everything that can be refused is refused before anything is measured, which may take an hour.
+    if how.nnodes > 1:
+        raise ConfigError(
+            "`picollm bench train` measures one machine",
+            cause=f"`--launch nnodes={how.nnodes}` asks for several, and they would share no folder",
+            hint=f"use `--launch nproc={how.nproc}`",
+        )
+    check_launch(how)
+    earlier = _earlier(compare) if compare else None
+    target = _writable(out_file) if out_file else None
+    plans = [_plan(_resolve(preset, config, [*(sets or []), *values]), how) for values in _grid(vary or [])]
+    cells: list[dict[str, Any]] = []
     result = {"machine": _machine(), "cells": cells}
-    if out_file:
-        write_json(expand(out_file).absolute(), result)
-        out.note(f"written to {out_file}")
+    for plan in plans:
+        cells.append(_cell(out, plan, how, steps, earlier))
+        _show(out, cells[-1])
+        if target:  # after each, because the next one may fail
+            write_json(target, result)
+    if target:
+        out.note(f"written to {target}")
     out.result(result)
+
+
+def _earlier(name: str) -> list[dict[str, Any]]:
+    """Cells of the file that `--compare` names.
+
+    Raises:
+        ConfigError: there is none, or `--out` did not write it.
+        IntegrityError: it is torn.
+    """
+    from picollm.files import read_json
+    from picollm.run_dir import expand
+
+    hint = "name a file that `picollm bench train --out FILE` wrote"
+    try:
+        found = read_json(expand(name), hint=hint)
+    except OSError as error:
+        raise ConfigError(f"`--compare {name}` cannot be read", cause=error.strerror, hint=hint) from error
+    cells = found.get("cells") if isinstance(found, dict) else None
+    if not isinstance(cells, list) or not all(
+        isinstance(cell, dict) and isinstance(cell.get("tokens_per_s"), int | float) for cell in cells
+    ):
+        raise ConfigError(f"`--compare {name}` holds no measurements", cause="`--out` writes other fields", hint=hint)
+    return cells
+
+
+def _writable(name: str) -> Path:
+    """The file that `--out` names, in a folder that takes files.
+
+    Raises:
+        HostError: it does not.
+    """
+    from picollm.errors import HostError
+    from picollm.run_dir import expand
+
+    path, hint = expand(name).absolute(), "name another with `--out FILE`"
+    if path.is_dir():
+        raise HostError(f"cannot write `{path}`", cause="it is a directory", hint=hint)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise HostError(f"cannot write `{path}`", cause=error.strerror, hint=hint) from error
 
 
 def _grid(vary: list[str]) -> list[list[str]]:
@@ -105,21 +170,42 @@ def _resolve(preset: str | None, config: str | None, sets: list[str]) -> RunConf
     return resolve(preset=preset, config_path=expand(config) if config else None, sets=tuple(sets)).config
 
 
-def _cell(out: Output, config: RunConfig, how: Launch, steps: int) -> dict[str, Any]:
-    """Measure one configuration in processes of its own.
+def _plan(config: RunConfig, how: Launch) -> Plan:
+    """Recipe and runtime of one configuration on this machine.
 
     Raises:
-        WorkerError: they died; a PicollmError of theirs comes as it was.
+        ConfigError: it cannot be.
+        HostError: no room in a CPU's memory: the system would kill whatever is largest. A GPU says so by itself.
     """
-    from picollm.files import write_json
+    from picollm.errors import HostError
     from picollm.hardware import detect
     from picollm.plan import pretrain_recipe, train_runtime
+    from picollm.runtimes import fit
+    from picollm.units import size
 
     machine = detect()
     recipe = pretrain_recipe(
         config, machine, tokenizer_vocab=config.tokenizer.vocab_size, tokenizer_sha256="synthetic", data=()
     )
-    runtime = train_runtime(config, machine, recipe, ranks=how.ranks)
+    needed, room = fit(config, machine, recipe, ranks=how.ranks).memory.total, machine.available_bytes // how.ranks
+    if not machine.gpus and needed > room:
+        raise HostError(
+            f"{recipe.model.arch} d{recipe.model.num_hidden_layers} does not fit in memory",
+            cause=f"a process needs about {size(needed)}, {size(room)} are free",
+            hint="lower `model.depth`, or `train.device_batch_size`",
+        )
+    return Plan(recipe, train_runtime(config, machine, recipe, ranks=how.ranks))
+
+
+def _cell(out: Output, plan: Plan, how: Launch, steps: int, earlier: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Measure one configuration in processes of its own, and look for it in an earlier measurement.
+
+    Raises:
+        WorkerError: they died; a PicollmError of theirs comes as it was.
+    """
+    from picollm.files import write_json
+
+    recipe, runtime = plan
     arch = recipe.model
     about = {
         "model": arch.arch,
@@ -143,50 +229,33 @@ def _cell(out: Output, config: RunConfig, how: Launch, steps: int) -> dict[str, 
             folder / "config.json",
             {"recipe": recipe.model_dump(mode="json"), "runtime": runtime.model_dump(mode="json"), "steps": steps},
         )
-        found = _run(out, folder, how, runtime.threads, f"{arch.arch} d{arch.num_hidden_layers}")
-    return about | found
+        cell = about | _run(out, folder, how, runtime.threads, f"{arch.arch} d{arch.num_hidden_layers}")
+    if earlier is not None:
+        same = (old for old in earlier if all(old.get(key) == cell[key] for key in KEYS))
+        cell["earlier_tokens_per_s"] = next((old["tokens_per_s"] for old in same), None)
+    return cell
 
 
 def _run(out: Output, folder: Path, how: Launch, threads: int, title: str) -> dict[str, Any]:
-    import os
-    import subprocess
-
-    from picollm import errors
-    from picollm.errors import WorkerError
-    from picollm.events import EventFollower
+    """What the processes measured; as in `_cell`."""
     from picollm.files import read_json
     from picollm.hardware import detect
     from picollm.run_dir import StageDir
+    from picollm_cli.failure import from_report
     from picollm_cli.launch_line import launch_command
-    from picollm_cli.processes import SPIN_COUNT
+    from picollm_cli.processes import measure, measuring_died
 
-    command = launch_command(StageDir(folder), "picollm.stages.bench_train", how, has_gpu=bool(detect().gpus))
-    follower, log = EventFollower(folder / "events.jsonl"), folder / "log.txt"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env=SPIN_COUNT | os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1"},
-        )  # fmt: skip
-        try:
-            while process.poll() is None:
-                for event in follower.poll():
-                    out.note(f"{title}: {event['text']}")
-                try:
-                    process.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            process.terminate()
-            process.wait()
-    result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
-    if error := result.get("error"):
-        kind = getattr(errors, error["type"], WorkerError)
-        raise kind(error["message"], cause=error["cause"], hint=error["hint"] or "see the message above")
-    if not result:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-8:]
-        cause = "\n    ".join([f"exit code {process.returncode}; its last lines:", *lines])
-        raise WorkerError("the process that measures died", cause=cause)
-    return result
+    once = replace(how, restarts=0)  # what torchrun started again would fail again
+    command = launch_command(StageDir(folder), "picollm.stages.bench_train", once, has_gpu=bool(detect().gpus))
+    events, result = folder / "events.jsonl", folder / "result.json"
+    code = measure(command, folder, events, lambda event: out.note(f"{title}: {event['text']}"), threads=threads)
+    found = read_json(result) if result.exists() else {}
+    report = found.get("error")
+    if report and (error := from_report(report)):
+        raise error
+    if report or code or not found:
+        raise measuring_died("the process that measures died", code, folder)
+    return found
 
 
 def _machine() -> dict[str, Any]:
@@ -196,7 +265,7 @@ def _machine() -> dict[str, Any]:
     return {"cpu": machine.cpu_name, "gpus": [gpu.name for gpu in machine.gpus], "python": platform.python_version()}
 
 
-def _show(out: Output, cell: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+def _show(out: Output, cell: dict[str, Any]) -> None:
     """A configuration as a few lines."""
     compiled = "compiled" if cell["compile"] else "eager"
     precision = "fp8" if cell["fp8"] else cell["dtype"]
@@ -205,9 +274,10 @@ def _show(out: Output, cell: dict[str, Any], earlier: list[dict[str, Any]]) -> N
     rate = f"{cell['tokens_per_s']:,.0f} tokens/s"
     if cell["mfu"] is not None:
         rate += f", MFU {cell['mfu']:.1%} (causal {cell['mfu_causal']:.1%})"
-    before = next((old for old in earlier if all(old.get(key) == cell.get(key) for key in KEYS)), None)
-    if before is not None:
-        rate += f", {cell['tokens_per_s'] / before['tokens_per_s']:.2f} x the earlier {before['tokens_per_s']:,.0f}"
+    if before := cell.get("earlier_tokens_per_s"):
+        rate += f", {cell['tokens_per_s'] / before:.2f} x the earlier {before:,.0f}"
+    elif "earlier_tokens_per_s" in cell:
+        rate += ", which the earlier file does not have"
     out.print(f"  {rate}")
     spread = f"{cell['step_s_min']:.3f} to {cell['step_s_max']:.3f}"
     rows = f"{cell['batch_tokens']:,} tokens, {cell['device_batch']} rows at a time"

@@ -9,11 +9,12 @@ import typer
 
 from picollm.errors import IntegrityError
 from picollm.units import size
+from picollm_cli.commands.data_download import download
 from picollm_cli.console import Output
-from picollm_cli.options import Json
+from picollm_cli.options import Json, Yes
 
 if TYPE_CHECKING:
-    from picollm.data.datasets import Dataset
+    from picollm.data.datasets import Dataset, Split
 
 HELP = """Make, list and check datasets.
 
@@ -23,6 +24,7 @@ Examples:
   picollm data list
   picollm data show notes
   picollm data verify notes
+  picollm data remove notes
 """
 app = typer.Typer(no_args_is_help=True, help=HELP)
 
@@ -38,11 +40,14 @@ def import_(
         list[Path],
         typer.Argument(
             metavar="PATH",
-            help="Folders, or files ending in .txt .md .rst .jsonl .jsonl.gz .parquet.",
+            help="Folders, or files ending in .txt .md .rst .jsonl .csv (also .gz .zst) or .parquet; `-` is stdin.",
             show_default=False,
         ),
     ],
     field: Annotated[str, typer.Option("--field", metavar="NAME", help="Column or key that holds the text.")] = "text",
+    min_chars: Annotated[
+        int, typer.Option("--min-chars", metavar="N", min=0, help="Leave out documents shorter than N characters.")
+    ] = 1,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a dataset of that name; the old one moves to `datasets/.old/`.")
     ] = False,
@@ -50,9 +55,10 @@ def import_(
 ) -> None:
     """Make a dataset from your own text or conversations.
 
-    About 5 % of the documents, chosen by a hash of their text, become the
-    validation split. Plain-text files longer than 16 000 characters are cut
-    at blank lines. Rows with `messages` are conversations.
+    Duplicates are dropped and the rest is shuffled. About 5 % of the
+    documents, chosen by a hash of their text, become the validation split.
+    Plain-text files longer than 16 000 characters are cut at blank lines.
+    Rows with `messages` are conversations.
 
     \b
     Examples:
@@ -60,6 +66,7 @@ def import_(
       picollm data import books a.txt b.txt --field text
       picollm data import wiki wiki.parquet --field content
       picollm data import dialogues chats.jsonl.gz
+      zcat logs.gz | picollm data import logs - --min-chars 200
     """
     from picollm.data.importer import import_paths
 
@@ -73,13 +80,14 @@ def import_(
                 last = now
                 update(now, max(1, total // MEBIBYTE))
 
-        summary = import_paths(name, paths, field=field, force=force, on_progress=on_progress)
+        summary = import_paths(name, paths, field=field, min_chars=min_chars, force=force, on_progress=on_progress)
     if summary.already_there:
         out.note(f"dataset `{name}` is already there, made by the same import; nothing changed")
     rows: list[tuple[str, str]] = [
         (_noun(summary.dataset.kind), f"{summary.documents:,}"),
         ("characters", f"{summary.characters:,}"),
         ("validation", f"{summary.validation:,} ({summary.validation / summary.documents:.1%})"),
+        ("duplicates", f"{summary.duplicates:,}"),
         ("files read", f"{summary.num_files:,}"),
     ]
     if summary.num_skipped:
@@ -91,6 +99,9 @@ def import_(
     if not json:
         out.hint(_train_hint(summary.dataset))
     out.result(summary.to_json())
+
+
+app.command()(download)
 
 
 @app.command("list")
@@ -123,7 +134,7 @@ def list_(json: Json = False) -> None:
             table.add_column(heading, justify="right")
         for dataset in datasets:
             table.add_row(
-                dataset.name, dataset.kind, f"{dataset.rows('train'):,}", f"{dataset.rows('validation'):,}",
+                dataset.name, dataset.kind, _rows(dataset, "train"), _rows(dataset, "validation"),
                 f"{dataset.chars():,}", size(dataset.bytes()),
             )  # fmt: skip
         out.table(table)
@@ -154,11 +165,11 @@ def show(
 
     out = Output(json)
     dataset = ensure(name)
-    first = dataset.first_rows(split, rows)
+    first = [] if dataset.missing(split) else dataset.first_rows(split, rows)
     facts = [("name", dataset.name), ("kind", dataset.kind), ("path", str(dataset.path)), ("sha256", dataset.sha256)]
     for each in SPLITS:
         facts.append(
-            (each, f"{_counted(dataset.rows(each), dataset.kind)}, {dataset.chars(each):,} characters, "
+            (each, f"{_rows(dataset, each, noun=True)}, {dataset.chars(each):,} characters, "
                    f"{size(dataset.bytes(each))} on disk")
         )  # fmt: skip
     source = {key: value for key, value in dataset.source.items() if key != "sha256"}
@@ -191,11 +202,13 @@ def verify(name: Name, json: Json = False) -> None:
     dataset = Dataset.open(name)
     with out.progress(f"verifying {name}", unit="MiB") as update:
         problems = dataset.verify(lambda done, total: update(done // MEBIBYTE, max(1, total // MEBIBYTE)))
+    if dataset.is_downloaded and 0 < len(problems) == len(dataset.missing()):
+        dataset.check_sizes()  # not damaged, only not here yet: raises with the command that goes on
     if problems:
         raise IntegrityError(
             f"dataset `{name}` is damaged: {len(problems)} of {len(dataset.files)} files",
             cause="; ".join(problems),
-            hint=_again(dataset),
+            hint=dataset.again,
         )
     out.print(f"{len(dataset.files)} files, {size(dataset.bytes())}: all as recorded")
     out.result(
@@ -203,10 +216,34 @@ def verify(name: Name, json: Json = False) -> None:
     )
 
 
-def _again(dataset: Dataset) -> str:
-    if "generator" in dataset.source:
-        return f"make it again with `picollm data show {dataset.name}`"
-    return f"make it again with `picollm data import {dataset.name} PATH… --force`"
+@app.command()
+def remove(name: Name, yes: Yes = False, json: Json = False) -> None:
+    """Delete a dataset and its token caches from the disk.
+
+    Asks first, and says which runs were trained on it: they keep their
+    checkpoints, but cannot go on training without it.
+
+    \b
+    Examples:
+      picollm data remove notes
+      picollm data remove notes --yes
+    """
+    from picollm.data import removal
+
+    out = Output(json)
+    plan = removal.plan_removal(name)
+    if plan.runs:
+        runs = ", ".join(f"`{run}`" for run in plan.runs)
+        out.warn(f"trained on it, and cannot go on training without it: {runs}")
+    caches = f" and {len(plan.caches)} token cache{'s' if len(plan.caches) != 1 else ''} of it" if plan.caches else ""
+    removed = out.confirm(f"delete dataset `{name}`{caches}, {size(plan.bytes)}?", yes=yes)
+    if removed:
+        removal.remove(plan)
+    out.print(f"removed `{name}`: {size(plan.bytes)} are free again" if removed else "nothing was removed")
+    out.result(
+        {"name": name, "removed": removed, "bytes": plan.bytes, "path": str(plan.folder),
+         "caches": [str(cache) for cache in plan.caches], "runs": list(plan.runs)}
+    )  # fmt: skip
 
 
 def _train_hint(dataset: Dataset) -> str:
@@ -229,6 +266,14 @@ def _noun(kind: str) -> str:
 def _counted(rows: int, kind: str) -> str:
     """`1 document`, `2,000 conversations`."""
     return f"{rows:,} {_noun(kind) if rows != 1 else _noun(kind)[:-1]}"
+
+
+def _rows(dataset: Dataset, split: Split, *, noun: bool = False) -> str:
+    """Rows of a split; of a download that is not complete, how many of its files are here."""
+    if (rows := dataset.known_rows(split)) is None:
+        files = len(dataset.of(split))
+        return f"{files - len(dataset.missing(split)):,} of {files:,} files"
+    return _counted(rows, dataset.kind) if noun else f"{rows:,}"
 
 
 def _facts(rows: list[tuple[str, str]]) -> Any:

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
 
 import typer
 
+from picollm.data.registry import REGISTRY
 from picollm.errors import ConfigError, Interrupted, MissingArtifact, did_you_mean
 from picollm.events import EventWriter
 from picollm.files import sha256_json
 from picollm.run_dir import StageDir
+from picollm.units import size
 from picollm_cli import options
 from picollm_cli.console import Output
+from picollm_cli.downloading import announce, watch
 from picollm_cli.launch import run_stage
 from picollm_cli.launch_line import Launch, parse_launch
 
 if TYPE_CHECKING:
+    from picollm.data.datasets import Dataset, ShardFile
+    from picollm.data.download import Download
     from picollm_cli.nodes import Board
     from picollm_cli.prepare import Prepared
 
@@ -37,6 +42,8 @@ class Job:
         self.board = board
         self.changed = False  # by any stage so far
         self.working = False  # the current stage
+        self._downloads: dict[str, Download] = {}
+        self._at_end = ExitStack()
         self._events: EventWriter | None = None
         self._stage = self._title = ""
 
@@ -57,6 +64,31 @@ class Job:
         if self._events is not None:
             self._events.write("stage_end", ok=ok)
             self._events.close()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._at_end.close()
+
+    def fetch(self, dataset: Dataset) -> None:
+        """Begin to download what a dataset lacks; goes on beside the stages that follow."""
+        from picollm.data.download import Download
+
+        self.begin()
+        announce(self.out, dataset)
+        self._downloads[dataset.name] = self._at_end.enter_context(Download(dataset))
+
+    def wait_for(self, dataset: Dataset, file: ShardFile) -> None:
+        """Wait until a file is here, where it is on its way."""
+        if dataset.name in self._downloads:
+            self._downloads[dataset.name].wait_for(file)
+
+    def finish_downloads(self) -> None:
+        """Wait for all of them; raises what keeps one from being complete."""
+        for download in self._downloads.values():
+            watch(self.out, download)
+        self._downloads.clear()
 
     def worker(
         self,
@@ -79,19 +111,37 @@ class Job:
 
 
 def make_data(job: Job) -> Figures:
-    """Open the datasets; the toy world's are generated when they are not there."""
-    from picollm.data.datasets import TOY_WORLD_CHAT, Dataset, ensure
+    """Open the datasets. The toy world's are generated and the registry's fetched when they are not there.
 
-    config = job.prepared.config
-    names = [config.data.dataset, *([part.dataset for part in config.sft.mix] or [TOY_WORLD_CHAT])]
+    A download goes on beside the tokenizer's training; whatever comes after that waits for it.
+    """
+    from picollm.data.datasets import TOY_WORLD_CHAT, Dataset, ensure
+    from picollm_cli.downloading import pin_for_run
+    from picollm_cli.prepare import plan_of
+
+    config, used = job.prepared.config, job.run.dataset_hashes()
+    shares = dict(config.data.sources)
+    names = [*shares, *([part.dataset for part in config.sft.mix] or [TOY_WORLD_CHAT])]
     figures = {}
     for name in dict.fromkeys(names):
+        # Only a run that has not begun may decide how many shards there are.
+        decides = name in REGISTRY and name in shares and not used
+        dataset: Dataset | None = None
         try:
-            dataset = Dataset.open(name)
+            dataset = Dataset.open(name, keep=used)
         except MissingArtifact:
             job.begin()
-            dataset = ensure(name)
-        figures[name] = {"rows": dataset.rows("train"), "validation_rows": dataset.rows("validation")}
+        if decides and (dataset is None or dataset.is_downloaded):
+            tokens = plan_of(job.prepared, job.launch).pretrain.tokens * shares[name] / sum(shares.values())
+            dataset = pin_for_run(name, round(tokens))
+        dataset = dataset or ensure(name)
+        if dataset.is_downloaded and dataset.unverified():
+            job.fetch(dataset)
+        figures[name] = {
+            "rows": dataset.known_rows("train"),
+            "validation_rows": dataset.known_rows("validation"),
+            "bytes": dataset.bytes(),
+        }
     return figures
 
 
@@ -109,7 +159,7 @@ def make_tokenizer(job: Job) -> Figures:
                 update = stack.enter_context(job.out.progress("tokenizer", unit="characters"))
             update(done, total)
 
-        result = train_stage(job.run, job.prepared.config, on_progress=on_progress)["result"]
+        result = train_stage(job.run, job.prepared.config, on_progress=on_progress, wait_for=job.wait_for)["result"]
     if job.working:
         warn_of_small_vocabulary(job.out, job.prepared, result["vocab_size"])
     return result
@@ -254,11 +304,12 @@ def speedrun(
         return
     started = time.monotonic()
     with (
-        open_run(out, **given, force=redo, launch=how, yes=yes) as prepared,
+        open_run(out, **given, force=redo, launch=how, yes=yes, downloads=True) as prepared,
         leading(prepared.run, how) as board,
     ):
         out.note(f"run `{prepared.run.name}` in `{prepared.run.path}`")
-        made = _make_all(Job(out, prepared, how, board), left_out)
+        with Job(out, prepared, how, board) as job:
+            made = _make_all(job, left_out)
     _tell(out, prepared.run.name, prepared.run.path, made, time.monotonic() - started)
 
 
@@ -284,6 +335,8 @@ def _make_all(job: Job, left_out: list[str]) -> dict[str, Figures]:
         job.enter(stage.name, title)
         started = time.monotonic()
         try:
+            if stage.name not in ("data", "tokenizer"):
+                job.finish_downloads()
             figures = stage.make(job)
         except BaseException as error:
             job.end(ok=False)
@@ -298,6 +351,7 @@ def _make_all(job: Job, left_out: list[str]) -> dict[str, Figures]:
         state = "made" if job.working else "already done"
         job.out.note(f"{title}: {state}" + (f" in {time.monotonic() - started:.1f} s" if job.working else ""))
         made[stage.name] = {"state": state, **figures}
+    job.finish_downloads()  # where every stage that would have waited was left out
     return made
 
 
@@ -320,7 +374,10 @@ def _shown(name: str, figures: Figures) -> str:
         return "skipped"
     if name == "data":
         counts = {key: value for key, value in figures.items() if key != "state"}
-        return ", ".join(f"{key} {value['rows']:,} rows" for key, value in counts.items())
+        return ", ".join(
+            f"{key} {size(value['bytes'])}" if value["rows"] is None else f"{key} {value['rows']:,} rows"
+            for key, value in counts.items()
+        )
     if name == "tokenizer":
         return f"{figures['vocab_size']:,} tokens"
     if name in ("pretrain", "sft"):

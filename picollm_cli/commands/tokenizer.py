@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,44 +78,63 @@ def train(
 
 
 @app.command("eval")
-def evaluate(run: options.Run = None, json: options.Json = False) -> None:
+def evaluate(
+    run: options.Run = None,
+    beside: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Another `tokenizer.json` to measure on the same texts.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
     """Measure bytes per token by kind of text, round trips and speed.
 
     Reads the validation split of the run's dataset, and small built-in samples
-    of prose, code, numbers and other scripts.
+    of prose, code, numbers and other scripts. GPT-2's and GPT-4's tokenizers
+    are measured beside it where a cache of this machine has them; none is
+    fetched.
 
     \b
     Examples:
       picollm tokenizer eval
       picollm tokenizer eval --run peps --json
+      picollm tokenizer eval --beside ~/models/other/tokenizer.json
     """
     from picollm.config.resolve import resolve_existing
     from picollm.data import datasets
     from picollm.errors import IntegrityError
     from picollm.run_dir import find_run
     from picollm.tokenizer.quality import evaluate as measure
+    from picollm.tokenizer.references import find_references, open_reference
     from picollm.tokenizer.tokenizer import Tokenizer
     from picollm.tokenizer.train import capped
 
     out = Output(json)
     target = find_run(run)
     tokenizer = Tokenizer.load(target.tokenizer)
-    dataset = datasets.ensure(
-        resolve_existing(target.read_config()).config.data.dataset, base=target.base, keep=target.dataset_hashes()
-    )
-    validation = capped(dataset.documents("validation"), max_chars=EVAL_CHARS, doc_chars=EVAL_CHARS)
-    quality = measure(tokenizer, {"validation": validation})
+    names = dict(resolve_existing(target.read_config()).config.data.sources)
+    held_back = {}
+    for name in names:
+        dataset = datasets.ensure(name, base=target.base, keep=target.dataset_hashes())
+        kind = "validation" if len(names) == 1 else f"validation {name}"
+        held_back[kind] = capped(dataset.documents("validation"), max_chars=EVAL_CHARS, doc_chars=EVAL_CHARS)
+    others, absent = find_references()
+    if beside is not None:
+        others.append(open_reference(beside))
+    quality = measure(tokenizer, held_back, others)
 
     table = Table(box=None, pad_edge=False)
     table.add_column("text")
-    for heading in ("documents", "bytes", "tokens", "bytes per token"):
+    for heading in ("documents", "bytes", "tokens", "bytes per token", *quality.beside):
         table.add_column(heading, justify="right")
     for name, kind in quality.kinds.items():
         numbers = (f"{kind.documents:,}", f"{kind.bytes:,}", f"{kind.tokens:,}", f"{kind.bytes_per_token:.2f}")
-        table.add_row(name, *numbers)
+        table.add_row(name, *numbers, *(f"{counted[name]:.2f}" for counted in quality.beside.values()))
     out.table(table)
     failed = len(quality.round_trip_failed)
     out.print()
+    for other in others:
+        out.print(f"beside        {other.name}: {other.vocab_size:,} tokens, `{other.path}`")
+    for name, reason in absent.items():
+        out.note(f"{name} is not measured beside it: {reason}", style="quiet")
     out.print(f"vocabulary    {quality.vocab_size:,} tokens, {quality.unused_share:.1%} not needed by these texts")
     out.print(f"round trip    {quality.round_trip_texts - failed:,} of {quality.round_trip_texts:,} texts exact")
     out.print(f"unknown bytes {quality.unknown_bytes}")

@@ -27,6 +27,9 @@ def main() -> int:
             time.sleep(1.0)
             stage.stop_path.unlink(missing_ok=True)
         events.write("stage_start", attempt=attempts(stage.events_path) + 1, resumed_from=0, total_steps=steps)
+        if behaviour == "compiling":
+            events.write("phase", text="compiling…")
+            time.sleep(60)  # deaf, as torch is
         print(f"threads {os.environ['OMP_NUM_THREADS']} cwd {Path.cwd()}", flush=True)
         for step in range(1, steps + 1):
             events.write("step", step=step, loss=1.0 / step, tokens_per_s=100.0, mem_gib=0.1, dt_s=0.01)

@@ -13,7 +13,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from picollm.data import datasets
-from picollm.errors import ConfigError, IntegrityError, MissingArtifact, PicollmError
+from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact, PicollmError
+from picollm.files import write_json
+from picollm.locks import hold_lock
+from picollm.run_dir import StageDir, run_named
+from picollm_cli import console
 from picollm_cli.commands import data
 
 TEXTS = [f"line {index} of a small text" for index in range(40)]
@@ -63,7 +67,7 @@ def chats(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["import", "list", "show", "verify"])
+@pytest.mark.parametrize("command", ["import", "list", "show", "verify", "remove"])
 def test_help_shows_examples(command: str) -> None:
     shown = ok(command, "--help").stdout
     assert "Examples:" in shown
@@ -93,8 +97,8 @@ def test_import_json(texts: Path, chats: Path, clean_environment: Path) -> None:
     assert result["validation"] >= 1
     assert result | {"validation": 0, "sha256": ""} == {
         "name": "notes", "kind": "text", "path": str(clean_environment / "datasets/notes"), "sha256": "",
-        "documents": 40, "characters": sum(map(len, TEXTS)), "validation": 0, "rejected": {"empty": 1},
-        "files": 1, "skipped_files": 0, "already_there": False, "moved_to": None,
+        "documents": 40, "characters": sum(map(len, TEXTS)), "validation": 0, "duplicates": 0,
+        "rejected": {"empty": 1}, "files": 1, "skipped_files": 0, "already_there": False, "moved_to": None,
     }  # fmt: skip
     assert last_json(ok("import", "chats", chats, "--json"))["kind"] == "conversations"
 
@@ -113,6 +117,110 @@ def test_import_of_another_field(tmp_path: Path) -> None:
     path.write_text('{"body": "one"}\n{"body": "two"}\n')
     assert error(ConfigError, "import", "a", path).cause == "its fields are: body"
     assert last_json(ok("import", "a", path, "--field", "body", "--json"))["documents"] == 2
+
+
+def test_import_counts_duplicates_and_short_documents(texts: Path, tmp_path: Path) -> None:
+    with open(texts, "a") as file:
+        file.write(json.dumps({"text": TEXTS[0]}) + "\n" + json.dumps({"text": "short"}) + "\n")
+    shown = ok("import", "notes", texts, "--min-chars", "10").stdout
+    facts = {line[:32].strip(): line.split()[-1] for line in shown.splitlines()}
+    assert facts["duplicates"] == "1"
+    assert "rejected: shorter than 10 characters  1" in shown
+    result = last_json(ok("import", "notes", texts, "--min-chars", "10", "--json"))
+    assert (result["documents"], result["duplicates"]) == (40, 1)
+    assert result["rejected"] == {"empty": 1, "shorter than 10 characters": 1}
+
+
+def picollm(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[2])}
+    return subprocess.run(
+        [sys.executable, "-m", "picollm_cli", *arguments], env=environment, capture_output=True, text=True, check=False,
+        **options,
+    )  # fmt: skip
+
+
+def test_import_of_standard_input(texts: Path) -> None:
+    done = picollm("data", "import", "notes", "-", "--json", input=texts.read_text())
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["documents"] == 40
+    done = picollm("data", "import", "bad", "-", input='{"text": "a"}\n{"text": \n')
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: `<stdin>:2` is not JSON")
+
+
+def make_run(name: str, dataset: str, sha256: str) -> StageDir:
+    """As much of a run as says what it was trained on."""
+    run = run_named(name)
+    write_json(run.config_path, {"schema": 1, "preset": "demo", "sources": {}, "config": {}})
+    stage = run.stage("pretrain")
+    recipe = {"data": [{"dataset": dataset, "sha256": sha256, "weight": 1.0}]}
+    write_json(stage.config_path, {"schema": 1, "recipe": recipe, "runtime": {}})
+    return stage
+
+
+def test_remove_takes_the_dataset_and_its_token_caches(texts: Path, clean_environment: Path) -> None:
+    ok("import", "notes", texts)
+    ok("import", "notes-2", texts)
+    caches = clean_environment / "cache/tokens"
+    for name in ("notes-0123456789ab-0123456789ab", "notes-2-0123456789ab-0123456789ab"):
+        (caches / name).mkdir(parents=True)
+        (caches / name / "index.json").write_text("{}")
+    expected = error(ConfigError, "remove", "notes")
+    assert "`notes` and 1 token cache of it" in expected.message
+    assert expected.hint == "repeat the command with `--yes`"
+    result = last_json(ok("remove", "notes", "--yes", "--json"))
+    assert result["removed"] is True
+    assert result["bytes"] > 500
+    assert [path.name for path in (clean_environment / "datasets").iterdir()] == ["notes-2"]
+    assert [path.name for path in caches.iterdir()] == ["notes-2-0123456789ab-0123456789ab"]
+    assert error(MissingArtifact, "remove", "notes").message == "there is no dataset `notes`"
+    assert "removed `notes-2`" in ok("remove", "notes-2", "--yes").stdout
+
+
+def test_remove_asks_and_takes_no_for_an_answer(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok("import", "notes", texts)
+    monkeypatch.setattr(
+        console.Output, "confirm", lambda self, question, *, yes: "delete dataset `notes`" not in question
+    )
+    assert "nothing was removed" in ok("remove", "notes").stdout
+    assert datasets.Dataset.open("notes").verify() == []
+
+
+def test_remove_tells_which_runs_were_trained_on_it(texts: Path) -> None:
+    ok("import", "notes", texts)
+    make_run("first", "notes", datasets.Dataset.open("notes").sha256)
+    make_run("other", "notes", "0" * 64)
+    result = ok("remove", "notes", "--yes")
+    assert "warning: trained on it, and cannot go on training without it: `first`\n" in result.stderr
+
+
+def test_remove_refuses_while_a_stage_or_a_download_runs(texts: Path) -> None:
+    ok("import", "notes", texts)
+    dataset = datasets.Dataset.open("notes")
+    stage = make_run("first", "notes", dataset.sha256)
+    for lock in (stage.lock_path, dataset.path / ".lock"):
+        with hold_lock(lock, "it"):
+            assert f"process {os.getpid()} holds" in error(HostError, "remove", "notes", "--yes").cause
+    assert dataset.verify() == []
+    ok("remove", "notes", "--yes")
+
+
+def test_torn_datasets_can_be_removed(clean_environment: Path) -> None:
+    (clean_environment / "datasets/torn").mkdir(parents=True)
+    make_run("first", "torn", "0" * 64)
+    result = ok("remove", "torn", "--yes")
+    assert "`first`" in result.stderr
+    assert list((clean_environment / "datasets").iterdir()) == []
+
+
+def test_remove_of_a_link_leaves_what_it_leads_to(texts: Path, clean_environment: Path, tmp_path: Path) -> None:
+    ok("import", "notes", texts)
+    folder = clean_environment / "datasets/notes"
+    moved = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(moved)
+    ok("remove", "notes", "--yes")
+    assert not folder.is_symlink()
+    assert (moved / "dataset.json").exists()
 
 
 def test_list(texts: Path, chats: Path) -> None:

@@ -39,6 +39,7 @@ FACTS: dict[str, Any] = {
     "cpu_capability": "AVX512",
     "fp32": {"works": True, "error": None, "flops_per_s": 80e9},
     "bf16": {"works": True, "error": None, "flops_per_s": 200e9},
+    "fp16": None,
     "attention": {"device": AttentionDevice("cpu").to_json(), "kernels": {"matmul": None, "sdpa": None}, "broken": {}},
     "distributed": {"gloo": True, "nccl": False},
     "compile": {"compiler": "g++", "triton": False},
@@ -302,6 +303,14 @@ def test_dtype_says_why_and_warns_where_bf16_is_emulated() -> None:
     asked = inspect(plain, slow, sets=["train.dtype=bfloat16"])
     assert machine_checks.check_dtype(asked).level == "warn"
     assert machine_checks.check_dtype(inspect(plain, slow)).detail.startswith("float32")
+
+
+def test_float16_is_judged_by_its_own_product() -> None:
+    old = replace(CPU, gpus=(replace(H100, capability=(7, 5)),))
+    broken = GPU_FACTS | {"fp16": {"works": False, "error": "no kernel", "flops_per_s": None}}
+    check = machine_checks.check_dtype(inspect(old, broken))
+    assert (check.level, check.detail) == ("block", "float16: no kernel")
+    assert machine_checks.check_dtype(inspect(CPU, sets=["train.dtype=float16"])).level == "ok"
 
 
 def test_more_threads_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

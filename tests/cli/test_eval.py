@@ -136,7 +136,7 @@ def test_a_stop_leaves_no_results(tiny_run: Path, work: Callable[..., StageDir],
 def test_inputs_must_be_those_of_the_recipe(tiny_run: Path, work: Callable[..., StageDir]) -> None:
     stage = work(tiny_run, "bpb")
     config = json.loads(stage.config_path.read_text())
-    config["recipe"]["data"]["sha256"] = "0" * 64
+    config["recipe"]["data"][0]["sha256"] = "0" * 64
     stage.config_path.write_text(json.dumps(config))
     from picollm.stages.eval import main
     from picollm.worker import Worker

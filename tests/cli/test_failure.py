@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from picollm.errors import ConfigError, HostError, PicollmError, WorkerError
+from picollm.errors import ConfigError, HostError, OutOfMemory, PicollmError, WorkerError
 from picollm.files import write_json
 from picollm.run_dir import RunDir, StageDir
 from picollm_cli.failure import explain
@@ -96,3 +96,23 @@ def test_nodes_that_do_not_meet_are_no_training_error(stage: StageDir) -> None:
 def test_torchruns_own_trouble_is_told(stage: StageDir) -> None:
     error = error_of(stage, torchrun="OSError: [Errno 24]\nToo many open files")
     assert error.cause == "torchrun: OSError: [Errno 24] Too many open files"
+
+
+@pytest.mark.parametrize(
+    "last",
+    ["MemoryError", "ImportError: libtorch_cpu.so: failed to map segment from shared object"],
+)
+def test_no_memory_to_load_torch_is_out_of_memory(stage: StageDir, last: str) -> None:
+    error = error_of(stage, log=f"Traceback (most recent call last):\n  File x\n{last}\n")
+    assert isinstance(error, OutOfMemory) and error.cause == last
+    assert "ulimit -v" in str(error.hint) and "attempt_1.log" in str(error.hint)
+    error = error_of(stage, log="MemoryError\nafter it, something else\n")
+    assert not isinstance(error, OutOfMemory)
+
+
+@pytest.mark.parametrize("torn", ["", "{", "[]", '{"type": "HostError"}'])
+def test_a_torn_report_is_none(stage: StageDir, torn: str) -> None:
+    """A rank on a full disk creates the file and cannot fill it."""
+    (stage.log_dir / "error.json").write_text(torn)
+    error = error_of(stage, log="its last words\n")
+    assert isinstance(error, WorkerError) and "its last words" in str(error.cause)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -199,6 +200,28 @@ def test_the_first_signal_saves_and_stops(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_one_signal_ends_a_worker_that_compiles(make_stage: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """It could not look for minutes, and has taken no step since its last checkpoint."""
+    stage = make_stage("compiling")
+    thread = when(lambda: any(event["kind"] == "phase" for event in read_all(stage.events_path)), interrupt)
+    with pytest.raises(Interrupted, match=r"^pretrain stopped$"):
+        run(stage)
+    thread.join()
+    assert "nothing to save" in capsys.readouterr().err
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(stage.path) in (p.info["cmdline"] or [])]
+
+
+def test_a_full_disk_is_told_once_while_training_goes_on(
+    make_stage: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worker's own warning is an event, for which there is no room."""
+    stage = make_stage(steps=20, sleep_s=0.05)
+    monkeypatch.setattr("picollm_cli.launch.LOOK_FOR_ROOM_S", 0.0)
+    monkeypatch.setattr("picollm.hardware.disk_free", lambda path: 4096)
+    assert run(stage)["result"]["step"] == 20
+    assert capsys.readouterr().err.count("is full: pretrain goes on but can save nothing") == 1
+
+
 def test_the_second_signal_kills(make_stage: Make) -> None:
     stage = make_stage("deaf", steps=2000, sleep_s=0.02)
     first = when(lambda: has_stepped(stage), interrupt)
@@ -329,6 +352,18 @@ def test_more_processes_than_gpus_are_refused_on_any_node() -> None:
         assert "`--launch nproc=1`" in str(caught.value.hint)
 
 
+def test_a_meeting_point_that_no_name_server_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun would try for minutes."""
+
+    def unknown(*args: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(HostError, match="`rdzv=nowhere:29500` names no machine") as caught:
+        check_launch(parse_launch("nnodes=2,rdzv=nowhere:29500"))
+    assert caught.value.cause == "Name or service not known"
+
+
 @pytest.mark.usefixtures("one_gpu")
 def test_several_gpus_need_nccl() -> None:
     check_launch(Launch())
@@ -347,6 +382,9 @@ def test_several_gpus_need_nccl() -> None:
         ("restarts=-1", "whole number from 0"),
         ("nnodes=2", "`rdzv` is missing"),
         ("nnodes=2,rdzv=h", "node 0's name or address and a free port"),
+        ("nnodes=2,rdzv=h:0", "node 0's name or address and a free port"),
+        ("nnodes=2,rdzv=h:65536", "node 0's name or address and a free port"),
+        ("nproc=1,nproc=2", "says `nproc` twice"),
         ("nnodes=2,node_rank=2,rdzv=h:1", "numbered 0 to 1"),
     ],
 )

@@ -21,7 +21,7 @@ from picollm import __version__
 from picollm_cli.main import COMMANDS, PANELS, app
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cli.json"
-HEAVY = {"torch", "pydantic", "pyarrow", "numpy", "tokenizers", "matplotlib", "psutil", "filelock", "prompt_toolkit"}
+HEAVY = set("torch pydantic pyarrow numpy tokenizers matplotlib psutil filelock prompt_toolkit huggingface_hub".split())
 SHARED = {"run", "preset", "config", "set", "dry-run", "json", "yes"}
 runner = CliRunner()
 
@@ -124,3 +124,15 @@ def test_help_starts_quickly() -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(surface(), indent=2, ensure_ascii=False) + "\n")
+
+
+def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+    """The first import of the command stands for the moment: it is interrupted there."""
+    (tmp_path / "typer.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    search = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from picollm_cli.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")

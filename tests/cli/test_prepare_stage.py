@@ -9,11 +9,13 @@ import pytest
 from picollm import hardware
 from picollm.config.resolve import resolve
 from picollm.errors import ConfigError
+from picollm.events import read_all
+from picollm.files import write_json
 from picollm.hardware import Gpu, Machine
 from picollm.plan import pretrain_recipe
 from picollm.run_dir import RunDir
 from picollm_cli.launch_line import Launch
-from picollm_cli.prepare import Prepared
+from picollm_cli.prepare import Prepared, plan_of
 from picollm_cli.prepare_stage import _store_training
 
 GIB = 2**30
@@ -66,3 +68,28 @@ def test_runtime_follows_the_machine(monkeypatch, run):
     small = prepare(monkeypatch, run, machine(8, 9), "train.checkpoint_minutes=3")["runtime"]
     assert (large["checkpoint_minutes"], small["checkpoint_minutes"]) == (15, 3)
     assert large["device_batch_size"] == small["device_batch_size"] > 1 and not large["activation_checkpointing"]
+
+
+def test_a_back_off_lasts_until_another_size_is_asked_for(monkeypatch, run):
+    stage = run.stage("pretrain")
+    rows = prepare(monkeypatch, run, machine(9, 0))["runtime"]["device_batch_size"]
+    write_json(stage.runtime_path, {"device_batch_size": rows // 2, "reason": "out of memory"})
+    before = stage.config_path.read_bytes()
+    assert prepare(monkeypatch, run, machine(9, 0))["runtime"]["device_batch_size"] == rows // 2
+    assert stage.config_path.read_bytes() == before and not run.events_path.exists()
+    asked = f"train.device_batch_size={rows // 4}"
+    assert prepare(monkeypatch, run, machine(9, 0), asked)["runtime"]["device_batch_size"] == rows // 4
+    assert not stage.runtime_path.exists()
+    assert [event["text"] for event in read_all(run.events_path)] == [
+        f"runtime device_batch_size: {rows} -> {rows // 4}"
+    ]
+
+
+def test_the_plan_of_a_run_that_moved_shows_what_it_keeps(monkeypatch, run):
+    stored = prepare(monkeypatch, run, machine(9, 0))["recipe"]
+    found = resolve(preset="d24", sets=["data.dataset=toy-world"])
+    monkeypatch.setattr(hardware, "detect", lambda: machine(8, 9))
+    plan = plan_of(Prepared(run, found.preset, found.config, found.sources, new=False)).to_json()
+    assert plan["fp8"] == {"value": True, "reason": stored["fp8_reason"]}
+    other = Prepared(RunDir(run.path.parent / "other"), found.preset, found.config, found.sources, new=True)
+    assert plan_of(other).to_json()["fp8"]["value"] is False

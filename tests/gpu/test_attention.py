@@ -6,6 +6,7 @@ Run with `JAXTYPING_DISABLE=1`: the checks of shapes cannot be compiled.
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import jaxtyping
 import pytest
@@ -100,3 +101,25 @@ def test_on_hopper_cudnn_runs_and_the_note_says_so(device: torch.device) -> None
     assert choice.full == "cudnn" and choice.slow is None
     note = kernel_that_ran(choice, arch, torch.bfloat16, device)
     assert note.startswith("attention kernels that ran: cudnn (`") and "was chosen" not in note
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("backend", ["varlen", "fa3", "sdpa"])
+def test_documents_are_kept_apart(backend: str, window: int | None, device: torch.device) -> None:
+    """Attention by bounds against each document alone in float64."""
+    if cause := obstacle(backend, attention_device(device), "bfloat16", 64, windows=window is not None, documents=True):
+        pytest.skip(cause)
+    B, T = 2, 1024
+    generator = torch.Generator(device).manual_seed(0)
+    exact = [torch.randn(B, T, 4, 64, generator=generator, device=device, dtype=torch.float64) for _ in range(3)]
+    q, k, v = [x.bfloat16().requires_grad_() for x in exact]
+    ends = [0, 300, 301, T, T + 700, 2 * T]
+    bounds = torch.tensor(ends, dtype=torch.int32, device=device)
+    out = causal_attention(q, k, v, scale=SCALE, backend=backend, window=window, bounds=bounds)
+    flat = [x.detach().double().flatten(0, 1).requires_grad_() for x in (q, k, v)]
+    parts = [reference(*(x[None, start:end] for x in flat), window)[0] for start, end in pairwise(ends)]
+    expected = with_gradients(torch.cat(parts).view(out.shape), flat)
+    found = with_gradients(out, [q, k, v])
+    for a, b in zip(found, expected, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a.double().flatten(), b.flatten(), atol=0.05, rtol=0.05)

@@ -14,8 +14,10 @@ import torch
 from picollm.attention_choice import AttentionChoice
 from picollm.config.model import Architecture
 from picollm.config.recipe import Rates, Schedule, Source, TrainRecipe, TrainRuntime
-from picollm.data.packing import Batches, Encoded, RowPacker
+from picollm.data.mixture import Mixture
+from picollm.data.packing import Batches, RowPacker
 from picollm.data.prefetch import Prefetcher
+from picollm.data.token_source import Encoded, LiveTokens
 from picollm.train.step import StepResult, Trainer, build_trainer
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +50,8 @@ def prefetch(device: str) -> Prefetcher:
     def encode(indices: Sequence[int]) -> list[Encoded]:
         return [Encoded(np.random.default_rng(i).integers(1, 512, LENGTH).astype(np.int32)) for i in indices]
 
-    packer = RowPacker(encode, 500, length=LENGTH, bos=0, seed=0, buffer_size=4, cut=True)
+    documents = Mixture([LiveTokens(encode, 500)], [1.0], seed=0)
+    packer = RowPacker(documents, length=LENGTH, bos=0, seed=0, buffer_size=4)
     return Prefetcher(
         Batches(packer, rows_per_step=ROWS, device_batch_size=4, rank=0, world=1), STEPS, torch.device(device)
     )

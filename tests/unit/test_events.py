@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="cannot write"):
         EventWriter(tmp_path / "file" / "events.jsonl", "pretrain")
+
+
+def test_a_full_disk_costs_lines_and_not_the_training(path: Path) -> None:
+    """RLIMIT_FSIZE stands for the full disk; what is on the disk stays readable."""
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pathlib import Path
+from picollm.events import EventWriter
+events = EventWriter(Path({str(path)!r}), "pretrain")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for step in range(1000):
+    events.write("step", step=step)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+events.close()
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("alive\n", "")
+    steps = [event["step"] for event in read_all(path)]
+    assert steps == list(range(len(steps))) and len(steps) > 5

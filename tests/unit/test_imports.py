@@ -19,14 +19,14 @@ ALLOWED: dict[str, frozenset[str]] = {
     "locks": frozenset({"errors", "files"}),
     "run_dir": frozenset({"errors", "files", "__init__"}),
     "events": frozenset({"files"}),
-    "attention_choice": frozenset({"errors"}),
+    "attention_choice": frozenset({"config", "errors"}),
     "cgroups": frozenset(),
     "hardware": frozenset({"cgroups"}),
     "gpu_specs": frozenset(),
     "scaling": frozenset({"config", "errors"}),
     "rates": frozenset({"config", "errors", "scaling"}),
     "memory": frozenset({"attention_choice", "config", "scaling"}),
-    "estimate": frozenset({"config", "gpu_specs", "hardware", "memory", "scaling"}),
+    "estimate": frozenset({"config", "data.registry", "gpu_specs", "hardware", "memory", "scaling"}),
     "recipes": frozenset({"config", "errors", "hardware", "rates", "scaling"}),
     "runtimes": frozenset({"attention_choice", "config", "errors", "hardware", "memory", "rates", "units"}),
     "plan": frozenset(
@@ -39,7 +39,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
     "data": frozenset({"errors", "files", "hardware", "locks", "run_dir", "units", "__init__"}),
     "tokenizer": frozenset({"config", "data", "errors", "files", "locks", "run_dir"}),
-    "model": frozenset({"attention_choice", "config"}),
+    "model": frozenset({"attention_choice", "config", "errors"}),
     "optim": frozenset({"config"}),
     "bench": frozenset(
         {"attention_choice", "config", "data.prefetch", "errors", "memory", "model", "scaling", "train"}
@@ -65,7 +65,8 @@ TORCH_MODULES = frozenset(
 )
 # What the desk may not load before it knows what is wanted; jaxtyping comes with the model's files.
 HEAVY = frozenset(
-    "torch jaxtyping safetensors numpy pyarrow tokenizers matplotlib pydantic psutil filelock prompt_toolkit".split()
+    "torch jaxtyping safetensors numpy pyarrow tokenizers matplotlib pydantic psutil filelock prompt_toolkit "
+    "huggingface_hub".split()
 )
 
 

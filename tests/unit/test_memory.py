@@ -15,6 +15,7 @@ from picollm.config.resolve import resolve
 from picollm.memory import optimizer_bytes, training_memory
 from picollm.model import attention, loss
 from picollm.model.gpt import GPT
+from picollm.optim import buckets
 from picollm.optim.optimizer import MuonAdamW
 from picollm.rates import pretrain_horizon, pretrain_rates, pretrain_schedule
 from picollm.scaling import architecture, num_params
@@ -81,6 +82,30 @@ def test_constants_are_those_of_the_model():
     assert memory.LOGITS_PER_CHUNK == loss.LOGITS_PER_CHUNK
     assert memory.GPU_MEMORY_SHARE == loss.GPU_MEMORY_SHARE
     assert memory.MATMUL_BLOCK == attention.MATMUL_BLOCK
+    assert memory.STACK_ELEMENTS == buckets.STACK_ELEMENTS
+
+
+def test_work_space_of_an_update_is_bounded(monkeypatch):
+    arch = arch_of("model.depth=8", "tokenizer.vocab_size=512", "model.max_position_embeddings=256")
+    cfg = resolve(preset=None, sets=["model.depth=8"], environ={"XDG_CONFIG_HOME": "/nonexistent"}).config
+    rates = pretrain_rates(cfg, arch, pretrain_horizon(cfg, arch))
+    matrix = 4 * arch.hidden_size**2
+    found = {}
+    for together in (8, 2):
+        for module in (memory, buckets):
+            monkeypatch.setattr(module, "STACK_ELEMENTS", together * matrix)
+        with LiveBytes() as live:
+            model = GPT(arch)
+            model.init_weights(0)
+            optimizer = MuonAdamW(model, rates, pretrain_schedule(9), 9, dtype=torch.float32)
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            before = live.peak = live.now
+            optimizer.step(0, keep=torch.ones(()))
+        found[together] = live.peak - before
+        estimate = training_memory(arch, "float32", 1, "cpu", SDPA).update
+        assert estimate == pytest.approx(found[together], rel=0.25)
+    assert found[2] == pytest.approx(found[8] / 4, rel=0.1)
 
 
 def arch_of(*sets: str):

@@ -305,7 +305,9 @@ def test_every_preset_has_a_plan(preset):
         shown = json.loads(json.dumps(found.to_json(), allow_nan=False))
         assert shown["memory_gib"] > 0 and shown["time_s"] > 0 and shown["disk_gib"] > 0
         assert shown["time_s"] == pytest.approx(sum(s["time_s"] for s in shown["stages"]), abs=1)
-        assert [s["name"] for s in shown["stages"]] == ["tokenizer", "pretrain", "sft", "eval", "report"]
+        fetched = ["data"] if found.download_bytes else []
+        assert [s["name"] for s in shown["stages"]] == [*fetched, "tokenizer", "pretrain", "sft", "eval", "report"]
+        assert bool(fetched) == (config(preset=preset).data.dataset == "climbmix")
         assert (shown["money_usd"] is None) == (not machine.gpus)
         assert shown["exports"]["gguf"]["possible"] and shown["exports"]["transformers"]["reason"]
 
@@ -350,9 +352,32 @@ def test_known_dataset_needs_no_room():
     assert there.disk_bytes < fresh.disk_bytes
 
 
+def test_a_dataset_of_the_registry_is_counted_in_shards():
+    cfg = config(preset="d12")
+    found = plan.make_plan(cfg, H200)
+    shards = math.ceil(found.pretrain.tokens * 4.5 / 250e6)
+    assert found.download_bytes == (shards + 1) * 100_000_000
+    assert found.disk_bytes > found.download_bytes
+    there = plan.make_plan(cfg, H200, dataset_chars=shards * 250_000_000, missing_bytes=3)
+    assert there.download_bytes == 3
+    assert plan.make_plan(cfg, H200, dataset_chars=1).download_bytes == 0
+    mixed = plan.make_plan(config("data.mix={climbmix=1, toy-world=3}", preset="d12"), H200)
+    assert mixed.download_bytes == (math.ceil(shards / 4) + 1) * 100_000_000
+
+
 def test_exports_name_what_quantisation_needs():
     assert "K-quants" in plan.exports(plan.architecture(config(preset="demo")))["gguf"].reason
     assert "K-quants" not in plan.exports(plan.architecture(config(preset="d12")))["gguf"].reason
+
+
+def test_gguf_cannot_hold_tokens_of_two_digits():
+    made = plan.make_plan(config("tokenizer.digits=2", preset="d12"), LAPTOP).exports
+    assert not made["gguf"].possible and "tokenizer.digits" in made["gguf"].reason
+    assert made["transformers"].possible
+    assert plan.make_plan(config("tokenizer.digits=1", preset="d12"), LAPTOP).exports["gguf"].possible
+    # named beside the features of the shape, not hidden by them
+    both = plan.make_plan(config("tokenizer.digits=2", "model.arch=full", preset="d12"), LAPTOP).exports
+    assert "tokenizer.digits" in both["gguf"].reason and "model.smear" in both["gguf"].reason
 
 
 def test_exports_name_the_features_that_block_them():

@@ -77,6 +77,15 @@ def test_it_looks_at_most_once_in_a_while(worker: Worker, monkeypatch: pytest.Mo
     assert not worker.should_stop()
 
 
+def test_a_signal_while_it_looks_is_not_forgotten(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lives(stage: StageDir) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(worker_module, "launcher_lives", lives)
+    assert worker.should_stop()
+
+
 def test_a_signal_stops(worker: Worker) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + 5

@@ -162,6 +162,7 @@ def test_ratio_and_steps_of_one_layer_keep_the_steps(tmp_path):
         ("train.matrix_lr=0", ["`train.matrix_lr` cannot be 0", "greater than 0", "the default is `0.02`"]),
         ("train.matrix_lr=nan", ["`train.matrix_lr` cannot be NaN", "a finite number"]),
         ("train.dtype=fp8", ['`train.dtype` cannot be "fp8"', "'auto', 'float32', 'bfloat16', 'float16' or 'float64'"]),
+        ("model.attention=foo", ['`model.attention` cannot be "foo"', "'auto', 'matmul', 'sdpa'", "default is `auto`"]),
         ("train.weight_decay=1", ["`train.weight_decay` cannot be 1", "`true` or `false`"]),
         ("train.keep_last=none", ['`train.keep_last` cannot be "none"', "a whole number", "the default is `2`"]),
         ("tokenizer.vocab_size=70000", ["`tokenizer.vocab_size` cannot be 70000", "at most 65536"]),
@@ -269,3 +270,43 @@ def test_runtime_keys_exist_and_are_not_recipe():
     old = resolve(preset="demo").config
     for key, value in (("train.threads", 1), ("model.attention", "sdpa"), ("train.compile", "true")):
         assert changed_recipe_keys(old, resolve(preset="demo", sets=[f"{key}={value}"]).config) == []
+
+
+def test_a_mixture_is_a_table_of_names(tmp_path: Path) -> None:
+    """Names may hold dots; layers add to the table by name, and an empty one empties it."""
+    config = tmp_path / "mix.toml"
+    config.write_text('[data.mix]\npeps = 3\n"v1.5" = 1.5\n')
+
+    def mix(*sets: str) -> list[tuple[str, float]]:
+        return resolve(preset="demo", config_path=config, sets=sets, environ={}).config.data.sources
+
+    assert mix() == [("peps", 3.0), ("v1.5", 1.5)]
+    assert mix("data.mix.rfcs=2", "data.mix.peps=1") == [("peps", 1.0), ("rfcs", 2.0), ("v1.5", 1.5)]
+    assert mix("data.mix={}", "data.mix.rfcs=2") == [("rfcs", 2.0)]
+    assert mix("data.mix={}") == [("toy-world", 1.0)]
+    found = resolve(preset="demo", environ={"PICOLLM_DATA__MIX__PEPS": "2"})
+    assert (found.config.data.mix, found.sources["data.mix"]) == ({"peps": 2.0}, "env PICOLLM_DATA__MIX__PEPS")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.mix.peps=0", "greater than 0"),
+        ("data.mix.peps=much", "a number"),
+        ("data.mix=5", "a table of datasets and weights"),
+        ("data.mx.peps=1", "unknown key `data.mx.peps`"),
+        ("data.packing=document", "one of 'best_fit', 'concat' or 'documents'"),
+    ],
+)
+def test_a_mixture_that_cannot_be(setting: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(preset="demo", sets=[setting], environ={})
+    assert said in f"{caught.value.message} {caught.value.cause}"
+
+
+def test_another_mixture_is_another_recipe_and_another_cache_is_not() -> None:
+    def made(*sets: str) -> RunConfig:
+        return resolve(preset="demo", sets=sets, environ={}).config
+
+    changed = changed_recipe_keys(made("data.mix.a=1"), made("data.mix.a=2", "data.cache_gib=0"))
+    assert changed == [("data.mix", {"a": 1.0}, {"a": 2.0})]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import resource
@@ -21,7 +23,9 @@ import pytest
 from picollm.data import dataset_writer, importer
 from picollm.data.cutting import PIECE_CHARS, WHOLE_FILE_CHARS, cut
 from picollm.data.datasets import Dataset
-from picollm.data.importer import import_paths, split_position
+from picollm.data.importer import import_paths
+from picollm.data.intake import split_position
+from picollm.data.spill import place_of
 from picollm.errors import ConfigError, HostError, PicollmError
 
 TEXTS = [f"text number {index}, tä𝄞\n" for index in range(300)]
@@ -46,6 +50,11 @@ def parquet(path: Path, **columns: list[Any]) -> Path:
     return path
 
 
+def in_order(text: str) -> tuple[int, int]:
+    """Sorts as imports do."""
+    return place_of(text.encode())
+
+
 def refused(*args: Any, **kwargs: Any) -> PicollmError:
     """The error of an import that must leave nothing behind."""
     with pytest.raises(PicollmError) as caught:
@@ -68,27 +77,45 @@ def make_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_folder_is_walked_in_order_without_hidden_files(tmp_path: Path) -> None:
+def test_folder_is_walked_without_hidden_files(tmp_path: Path) -> None:
     summary = import_paths("notes", [make_folder(tmp_path)])
     rows = {split: list(summary.dataset.documents(split)) for split in ("train", "validation")}
     assert sorted(rows["train"] + rows["validation"]) == ["a", "b", "c"]
-    assert rows["train"] == sorted(rows["train"])
     assert len(rows["validation"]) == 1
     assert (summary.num_files, summary.num_skipped, summary.documents, summary.characters) == (3, 1, 3, 3)
     assert summary.dataset.source["inputs"] == ["in"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
-@pytest.mark.parametrize("field", ["text", "content"])
-def test_every_table_format_gives_the_same_documents(tmp_path: Path, name: str, field: str) -> None:
-    path = tmp_path / name
-    if path.suffix == ".parquet":
-        parquet(path, id=list(range(300)), **{field: TEXTS})
+TABLES = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.csv.gz", "a.csv.zst", "a.parquet"]
+
+
+def table(path: Path, texts: list[str], key: str = "text") -> Path:
+    """The texts as a file of the kind its name says."""
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".parquet"):
+        return parquet(path, id=list(range(len(texts))), **{key: texts})
+    if name.endswith(".csv"):
+        lines = io.StringIO()
+        csv.writer(lines).writerows([("id", key), *enumerate(texts)])
+        data = lines.getvalue().encode()
     else:
-        jsonl(path, text_rows(key=field))
-    dataset = import_paths("texts", [path], field=field).dataset
+        data = "".join(json.dumps(row) + "\n" for row in text_rows(texts, key)).encode()
+    path.write_bytes(packed(data, path.suffix))
+    return path
+
+
+def packed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data)
+    return pa.Codec("zstd").compress(data).to_pybytes() if suffix == ".zst" else data
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("field", ["text", "content"])
+def test_every_table_format_gives_the_same_documents_in_the_same_order(tmp_path: Path, name: str, field: str) -> None:
+    dataset = import_paths("texts", [table(tmp_path / name, TEXTS, field)], field=field).dataset
     validation = set(dataset.documents("validation"))
-    assert list(dataset.documents("train")) == [text for text in TEXTS if text not in validation]
+    assert list(dataset.documents("train")) == sorted((t for t in TEXTS if t not in validation), key=in_order)
     assert validation == {text for text in TEXTS if split_position(text) < 0.05 * 2**64}
     assert 3 <= len(validation) <= 40
 
@@ -284,7 +311,10 @@ USER, ASSISTANT = {"role": "user", "content": "x"}, {"role": "assistant", "conte
         ("a.jsonl", GOOD + b'{"text": 5}\n', "field `text` of `{path}:2` is not a string", "it is 5"),
         ("a.jsonl", GOOD + b'{"text": null}\n', "field `text` of `{path}:2` is not a string", "it is null"),
         ("a.jsonl.gz", b"not gzip", "cannot unpack `{path}`", "Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "cannot unpack `{path}`", "after line 9"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "cannot unpack `{path}`", "end-of-stream"),
+        ("a.jsonl.zst", b"not zstd", "cannot unpack `{path}`", "after 0 bytes of text"),
+        ("a.txt.gz", gzip.compress(b"some text" * 9)[:20], "cannot unpack `{path}`", "end-of-stream"),
+        ("a.csv.gz", gzip.compress(b"text\nfine\n\xe4\n"), "{path}` after line `", "is 0xe4"),
         (
             "a.jsonl",
             json.dumps({"messages": [USER, ASSISTANT]}).encode() + b"\n" + json.dumps({"messages": [USER]}).encode(),
@@ -298,7 +328,15 @@ USER, ASSISTANT = {"role": "user", "content": "x"}, {"role": "assistant", "conte
             "{path}:1`, is a document",
         ),
         ("a.parquet", b"PAR1 but no", "{path}` is not readable parquet", None),
-        ("a.csv", b"a,b", "cannot import `{path}`", "does not end in .txt"),
+        ("a.csv", b"a,b\n1,2\n", "{path}` has no column `text`", "its columns are: a, b"),
+        ("a.csv", b'id,text\n1,"two\nlines"\n2,"a"b\n', "{path}:4` is not CSV", "',' expected after '\"'"),
+        ("a.csv", b'id,text\n1,fine\n2,"open\n3,x\n', "{path}:3` is not CSV", "unexpected end of data"),
+        ("a.csv", b"text\nfine\ncaf\xe9\n", "{path}` after line `", "is 0xe9"),
+        ("a.csv", b"", "no document in `{path}`", "there is no row in it"),
+        ("a.pdf", b"%PDF", "cannot import `{path}`", "does not end in .txt"),
+        ("a.parquet.gz", b"x", "cannot import `{path}`", "does not end in .txt"),
+        ("a.jsonl", b'{"text": "a\\u0000b"}\n', "no document in `{path}`", "rejected: 1 NUL bytes"),
+        ("a.txt", b"a\0b", "no document in `{path}`", "rejected: 1 NUL bytes"),
         ("a.txt", b"", "no document in `{path}`", "every row was rejected: 1 empty"),
         ("a.jsonl", b"", "no document in `{path}`", "there is no row in it"),
         ("a.txt", b"alone", "only one document in `{path}`", "one is needed for validation"),
@@ -403,8 +441,10 @@ def test_kill_leaves_no_dataset_and_the_next_import_sweeps(tmp_path: Path, clean
     process.wait()
     process.stdout.close()
     datasets = clean_environment / "datasets"
-    assert [entry.name for entry in datasets.iterdir()] == [f".texts.{process.pid}.tmp"]
-    assert import_paths("texts", [path]).documents == 3000
+    left = {f".texts.{process.pid}.tmp", f".texts.{process.pid}.scratch.tmp"}
+    assert {entry.name for entry in datasets.iterdir()} <= left
+    assert {entry.name for entry in datasets.iterdir()} != set()
+    assert import_paths("texts", [path]).documents == 300
     assert [entry.name for entry in datasets.iterdir()] == ["texts"]
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from picollm.data.packing import Batches, Encoded, RowPacker
+from picollm.data.mixture import Mixture
+from picollm.data.packing import Batches, RowPacker
 from picollm.data.prefetch import STEPS_AHEAD, Prefetcher, StepBatches
+from picollm.data.token_source import Encode, Encoded, LiveTokens
 
 CPU = torch.device("cpu")
-Encode = Callable[[Sequence[int]], list[Encoded]]
 
 
 def encode(indices: Sequence[int]) -> list[Encoded]:
@@ -21,7 +22,7 @@ def encode(indices: Sequence[int]) -> list[Encoded]:
 
 
 def make_batches(encode: Encode = encode) -> Batches:
-    packer = RowPacker(encode, 40, length=6, bos=0, seed=1, buffer_size=5, cut=True)
+    packer = RowPacker(Mixture([LiveTokens(encode, 40)], [1.0], 1), length=6, bos=0, seed=1, buffer_size=5)
     return Batches(packer, rows_per_step=5, device_batch_size=2, rank=0, world=1)
 
 

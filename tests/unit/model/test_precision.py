@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picollm.config.model import FEATURES, Architecture
+from picollm.errors import ConfigError
 from picollm.model import linear as linear_module
 from picollm.model.fp8 import E4M3, E5M2, normed_scale, quantize
 from picollm.model.functional import rms_norm
 from picollm.model.gpt import GPT
 from picollm.model.linear import Linear, packed_linear
-from picollm.model.precision import refresh_fp8, use_fp8
+from picollm.model.precision import _require_fp8, refresh_fp8, use_fp8
 
 WIDTH = 128
 
@@ -420,3 +421,19 @@ def test_torchao_computes_the_same() -> None:
         results.append((y.detach(), x.grad, layer.weight.grad))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "cause"), [("6.4", (9, 4), "AMD"), (None, (8, 0), "capability is 8.0"), (None, (8, 9), None)]
+)
+def test_gpus_without_these_types_are_refused(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int], cause: str | None
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if cause is None:
+        _require_fp8(torch.device("cuda"))
+        return
+    with pytest.raises(ConfigError, match="not possible on this GPU") as caught:
+        _require_fp8(torch.device("cuda"))
+    assert cause in str(caught.value.cause)

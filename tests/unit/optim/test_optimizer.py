@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from picollm.config.model import Architecture
 from picollm.config.recipe import Rates, Schedule
 from picollm.model.gpt import GPT
-from picollm.optim import schedules
+from picollm.optim import buckets, schedules
+from picollm.optim.buckets import MatrixBucket
 from picollm.optim.muon import POLAR_EXPRESS
 from picollm.optim.optimizer import MuonAdamW
 
@@ -262,3 +263,30 @@ def test_compiled_updates_are_the_same_and_compile_once() -> None:
     code = COMPILED.format(folder=str(__file__).rsplit("/", 1)[0])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("most", "longest"), [(1, 1), (2 * 16 * 64, 2), (10**9, 3)])
+def test_stacks_are_cut_to_a_size_without_a_trace(monkeypatch: pytest.MonkeyPatch, most: int, longest: int) -> None:
+    arch = ARCHS["portable"].model_copy(update={"num_hidden_layers": 3})
+
+    def trained() -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        model = GPT(arch, compute_dtype=torch.float64).double()
+        model.init_weights(0)
+        optimizer = MuonAdamW(model, RATES, SCHEDULE, STEPS, dtype=torch.float64)
+        for step in range(2):
+            give_gradients(model, step)
+            optimizer.step(step, keep=KEEP)
+        lengths = [
+            len(stack.names)
+            for bucket in optimizer.buckets
+            if isinstance(bucket, MatrixBucket)
+            for stack in bucket.stacks
+            if "up_proj" in stack.names[0]
+        ]
+        return weights(model), state(optimizer), max(lengths)
+
+    whole = trained()
+    monkeypatch.setattr(buckets, "STACK_ELEMENTS", most)
+    cut = trained()
+    assert (whole[2], cut[2]) == (3, longest)
+    torch.testing.assert_close(cut[:2], whole[:2], rtol=1e-12, atol=1e-12)

@@ -52,6 +52,7 @@ def test_page_of_a_finished_run(make_run: MakeRun) -> None:
     assert "| Weights, sft | `sft/checkpoints/step_000040/model.safetensors`, sha256 " in page
     assert "| `train.steps` | 20 | --set |" in page
     assert ", validation 1.2500 bits per byte |" in page
+    assert "| 100.0%, 1.50 epochs |" in page and "25.0% stand in pieces that were cut" in page
     assert "![Training loss and validation over tokens](plots/loss.png)" in page
     assert "````text" in page  # longer than the fence inside the sample
     assert (run.path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -23,6 +23,7 @@ def test_the_probe_says_what_torch_can_do_and_keeps_it(clean_environment: Path) 
     assert facts["cuda"]["available"] or facts["cuda"]["reason"]
     for name in ("fp32", "bf16"):
         assert facts[name]["works"] and facts[name]["error"] is None
+    assert bool(facts["fp16"]) is bool(facts["devices"])
     # The slowest machine that anybody would train on, and more than any core there is.
     assert facts["cuda"]["available"] or 1e8 < facts["fp32"]["flops_per_s"] < 2e12
     assert {"matmul", "sdpa"} <= set(facts["attention"]["kernels"]) and not facts["attention"]["broken"]

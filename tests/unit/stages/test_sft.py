@@ -7,12 +7,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from picollm.data import toy_world
 from picollm.data.conversations import Conversation
 from picollm.model.gpt import GPT
-from picollm.stages.sft import mix, validation_loss
+from picollm.stages.sft import learnable, mix, tokens_of, validation_loss
 from picollm.tokenizer.tokenizer import Tokenizer
 
 
@@ -71,6 +72,29 @@ def test_validation_loss(random_model: Callable[..., GPT], tokenizer: Tokenizer)
     first = validation_loss(model, conversations, tokenizer, 64, 4)
     assert first is not None and first > 1.0
     assert validation_loss(model, conversations, tokenizer, 64, 4) == first
+
+
+def test_conversations_without_a_trained_token_are_left_out_and_counted(tokenizer: Tokenizer) -> None:
+    short, long = talks("a", 3), talks("word " * 40, 2)
+    mixed = short * 2 + long * 5  # a mixture repeats; the count is of different ones
+    assert learnable(mixed, tokenizer, 16) == (short * 2, 2)
+    assert learnable(mixed, tokenizer, 2048) == (mixed, 0)
+    assert learnable([], tokenizer, 16) == ([], 0)
+
+
+@pytest.mark.parametrize("length", [16, 40])
+def test_rows_hold_a_trained_token_whatever_the_model_reads(tokenizer: Tokenizer, length: int) -> None:
+    endless = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so " * 99}]}
+    every = [*talks("word " * 12, 20), *talks("a", 20), Conversation.from_json(endless)]
+    kept, left_out = learnable(every, tokenizer, length)
+    assert left_out == (20 if length == 16 else 0)
+    source = tokens_of(kept, tokenizer, length)
+    sizes = source.lengths(range(len(kept)))
+    assert min(sizes) > 0 and max(sizes) == length
+    for document, size in enumerate(sizes):
+        ids, mask = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=bool)
+        source.copy(document, 0, ids, mask)
+        assert mask.any()
 
 
 def test_without_conversations_there_is_no_validation_loss(

@@ -100,7 +100,7 @@ def test_a_batch_is_whole_rows_for_every_rank(make_worker: MakeWorker, batch_tok
     inputs = read_inputs(worker)
     worker.world = world
     with pytest.raises(ConfigError, match="whole number of rows") as caught:
-        run_training(worker, inputs, encode=list, num_documents=1, cut=True, evaluate=lambda model, step: {})
+        run_training(worker, inputs, sources=[], weights=[], evaluate=lambda model, step: {})
     assert caught.value.hint == f"use a multiple of {8 * world}"
 
 
@@ -112,6 +112,17 @@ def test_a_back_off_is_laid_over_the_runtime(make_worker: MakeWorker) -> None:
     inputs = read_inputs(worker)
     assert inputs.runtime.device_batch_size == 1 and inputs.runtime.keep_last == 1
     assert inputs.smaller_because == "out of memory with 2 rows at a time"
+
+
+@pytest.mark.parametrize("changed", [{"device_batch_size": 0}, {"device_batch_size": "many"}, {"nonsense": 1}])
+def test_a_hostile_back_off_is_named_with_its_file(make_worker: MakeWorker, changed: dict[str, Any]) -> None:
+    worker = make_worker()
+    write_json(worker.stage.config_path, {"schema": 1, "stage": "pretrain", **worker.config})
+    write_json(worker.stage.runtime_path, changed)
+    worker.config = worker.stage.read_config()
+    with pytest.raises(ConfigError, match=r"runtime\.json` changes the runtime to what cannot be") as caught:
+        read_inputs(worker)
+    assert next(iter(changed)) in str(caught.value.cause) and "remove it" in str(caught.value.hint)
 
 
 # The stage under a limit of the address space, so many MiB above what it needs before it trains.

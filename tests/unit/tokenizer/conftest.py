@@ -28,3 +28,9 @@ def nasty() -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return train(iter(TEXT * 3), 400)
+
+
+@pytest.fixture(scope="session")
+def two_digits() -> Tokenizer:
+    """The other pipeline, with numbers in its text so that pairs of digits become tokens."""
+    return train(iter((*TEXT, "1999 2024 12 12 2024 12.5\n") * 3), 420, digits=2)

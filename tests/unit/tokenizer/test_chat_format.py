@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +10,8 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from picollm.data.conversations import Conversation, Message, Part
-from picollm.tokenizer.chat_format import CHAT_TEMPLATE, render, render_prompt
+from picollm.tokenizer.chat_format import CHAT_TEMPLATE, has_target, render, render_prompt
+from picollm.tokenizer.special import SPECIALS
 from picollm.tokenizer.tokenizer import Tokenizer
 
 USER_TEXTS = (
@@ -67,8 +71,8 @@ def by_template(tokenizer: Tokenizer, messages: list, *, prompt: bool = False) -
 
 def show(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Text of ids with the special tokens in it."""
-    names = {token: text for text, token in tokenizer.special.items()}
-    return "".join(names.get(token) or tokenizer.decode([token]) for token in ids)
+    names = {token: text.encode() for text, token in tokenizer.special.items()}
+    return b"".join(names.get(token) or tokenizer.id_to_bytes(token) for token in ids).decode()
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
@@ -106,17 +110,146 @@ def test_template_without_trimming_flags_is_the_same():
     )
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    texts=st.lists(st.text(st.characters(exclude_characters="|", codec="utf-8")), min_size=2, max_size=6),
-    system=st.none() | st.text(st.characters(exclude_characters="|", codec="utf-8")),
-)
-def test_template_gives_the_same_tokens_for_any_text(tokenizer: Tokenizer, texts: list[str], system: str | None):
-    texts = texts[: len(texts) // 2 * 2]
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    conversation = Conversation(tuple(Message(m["role"], (Part("text", m["content"]),)) for m in messages))
-    assert render(tokenizer, conversation)[0] == by_template(tokenizer, messages)
+# What would matter if a text were read as a template, or as special tokens; and any other text.
+INJECTIONS = (
+    "{{ bos_token }}", "{{ messages }}", "{% for message in messages %}", "{%- endfor -%}", "{# no #}", "{% raw %}",
+    "<|", "|>", "<|bos", "user_start|>", "<|im_start|>", "</s>", "\\u007b", "\n", "\n\n", " ", "12", "'",
+)  # fmt: skip
+HOSTILE = st.lists(st.sampled_from((*INJECTIONS, *SPECIALS)) | st.text(max_size=5), max_size=6).map("".join)
+# A reader of the template parses special tokens in texts: there lies the reason for having a renderer beside it.
+HARMLESS = HOSTILE.filter(lambda text: not any(special in text for special in SPECIALS))
+
+
+def dialogues(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict]]:
+    """Messages as in a dataset: an optional system message, then turns, some of them with the calculator's parts."""
+    parts = st.lists(
+        st.one_of(
+            texts.map(lambda text: [{"type": "text", "text": text}]),
+            st.tuples(texts, texts).map(
+                lambda pair: [{"type": "python", "text": pair[0]}, {"type": "python_output", "text": pair[1]}]
+            ),
+        ),
+        min_size=1,
+        max_size=3,
+    ).map(lambda groups: [part for group in groups for part in group])
+    turn = st.tuples(texts, texts | parts).map(
+        lambda pair: [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    )
+    system = st.just([]) | texts.map(lambda text: [{"role": "system", "content": text}])
+    turns = st.lists(turn, min_size=1, max_size=3).map(lambda found: [message for pair in found for message in pair])
+    return st.tuples(system, turns).map(lambda pair: pair[0] + pair[1])
+
+
+def parsed(messages: list[dict]) -> Conversation:
+    """As `Conversation.from_json`, which refuses empty messages; the renderer need not."""
+    kinds = {"text": "text", "python": "python", "python_output": "output"}
+    return Conversation(
+        tuple(
+            Message(
+                message["role"],
+                (Part("text", message["content"]),)
+                if isinstance(message["content"], str)
+                else tuple(Part(kinds[part["type"]], part["text"]) for part in message["content"]),
+            )
+            for message in messages
+        )
+    )
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=dialogues(HARMLESS))
+def test_template_gives_the_same_tokens_for_any_text(tokenizer: Tokenizer, two_digits: Tokenizer, messages: list):
+    for each in (tokenizer, two_digits):
+        assert render(each, parsed(messages))[0] == by_template(each, messages)
+        prompt = messages[:-1]
+        assert render_prompt(each, parsed(prompt).messages) == by_template(each, prompt, prompt=True)
+
+
+def test_nasty_strings_as_contents(tokenizer: Tokenizer, nasty: list[str]):
+    for text in nasty:
+        messages = [
+            {"role": "system", "content": text},
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": [{"type": "text", "text": text}, {"type": "python", "text": text},
+                                              {"type": "python_output", "text": text}]},
+        ]  # fmt: skip
+        ids, mask = render(tokenizer, parsed(messages))
+        assert len(ids) == len(mask)
+        if not any(special in text for special in SPECIALS):
+            assert ids == by_template(tokenizer, messages)
+        # What the user and the assistant wrote is in it, byte for byte.
+        assert show(tokenizer, ids).count(text) >= 5
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=dialogues(HOSTILE))
+def test_no_text_ever_becomes_a_special_token(tokenizer: Tokenizer, messages: list):
+    """The special tokens of a conversation are those of the same conversation with nothing said in it."""
+    special = set(tokenizer.special.values())
+    ids, mask = render(tokenizer, parsed(messages))
+    silent = [
+        message
+        | {
+            "content": ""
+            if isinstance(message["content"], str)
+            else [part | {"text": ""} for part in message["content"]]
+        }
+        for message in messages
+    ]
+    assert [i for i in ids if i in special] == [i for i in render(tokenizer, parsed(silent))[0] if i in special]
+    # And the loss is on for all that the assistant says, and for nothing else.
+    learnt = show(tokenizer, [i for i, on in zip(ids, mask, strict=True) if on])
+    assert learnt == "".join(spoken(message["content"]) for message in messages if message["role"] == "assistant")
+
+
+def spoken(content: str | list[dict]) -> str:
+    """A reply as it is trained, from `<|assistant_start|>` on."""
+    around = {
+        "text": "{}",
+        "python": "<|python_start|>{}<|python_end|>",
+        "python_output": "<|output_start|>{}<|output_end|>",
+    }
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join(around[part["type"]].replace("{}", part["text"]) for part in parts) + "<|assistant_end|>"
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_transformers_gives_the_same_tokens(tokenizer: Tokenizer, conversation: dict, tmp_path: Path):
+    """The folder of a tokenizer as a user of transformers opens it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+        tokenizer.save(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        messages = conversation["messages"]
+        whole = theirs.apply_chat_template(messages, return_dict=False)
+        prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    talk = Conversation.from_json(conversation)
+    assert whole == render(tokenizer, talk)[0]
+    assert prompt == render_prompt(tokenizer, talk.messages[:-1])
+    assert theirs.decode(theirs.encode("Привет 12 <x>  y"), clean_up_tokenization_spaces=False) == "Привет 12 <x>  y"
+    assert (theirs.bos_token, theirs.eos_token) == ("<|bos|>", "<|assistant_end|>")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=dialogues(HOSTILE), length=st.integers(1, 60))
+def test_which_conversations_a_row_can_teach(tokenizer: Tokenizer, messages: list, length: int):
+    conversation = parsed(messages)
+    _, mask = render(tokenizer, conversation)
+    assert has_target(tokenizer, conversation, length) == any(mask[1:][:length])
+
+
+def test_a_system_message_is_trained_as_it_is_served(tokenizer: Tokenizer):
+    """One piece with the first user text, a blank line between, in training and in a prompt; no turn of its own."""
+    talk = Conversation.from_json(CONVERSATIONS[-2])
+    trained, _ = render(tokenizer, talk)
+    served = render_prompt(tokenizer, talk.messages[:2])
+    assert trained[: len(served)] == served
+    text = tokenizer.encode("You are brief. \n\nWho are you?")
+    names = tokenizer.special
+    assert served == [
+        names["<|bos|>"], names["<|user_start|>"], *text, names["<|user_end|>"], names["<|assistant_start|>"]
+    ]  # fmt: skip
 
 
 def test_loss_mask(tokenizer: Tokenizer):

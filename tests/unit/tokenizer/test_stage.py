@@ -104,6 +104,33 @@ def test_other_settings_make_another_tokenizer(run: RunDir, notes: str):
     assert json.loads((old / "STAGE.json").read_text()) == first
 
 
+def test_two_digits_are_another_tokenizer(run: RunDir, notes: str):
+    first = train_stage(run, config(notes))
+    assert first["result"]["digits"] == 1
+    second = train_stage(run, config(notes, digits=2))
+    assert second["result"]["digits"] == Tokenizer.load(run.tokenizer).digits == 2
+    assert second["result"]["sha256"] != first["result"]["sha256"]
+    assert len(list((run.path / "old").iterdir())) == 1
+    # One digit a token is what a recipe without the word means: tokenizers made before there was a choice stay.
+    assert train_stage(run, config(notes, digits=1))["inputs"]["recipe"] == first["inputs"]["recipe"]
+
+
+def test_documents_come_in_the_datasets_order(run: RunDir, notes: str, monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    real = stage_module.train
+
+    def listening(texts: Iterator[str], vocab_size: int, **rest: object) -> Tokenizer:
+        read.extend(texts)
+        return real(iter(read), vocab_size, **rest)
+
+    monkeypatch.setattr(stage_module, "train", listening)
+    train_stage(run, config(notes, max_chars=3000, doc_chars=100))
+    from picollm.data.datasets import Dataset
+
+    every = list(Dataset.open(notes).documents("train"))
+    assert len(read) == 30 and read == [text[:100] for text in every[:30]]
+
+
 def test_killed_before_the_record_starts_again(run: RunDir, notes: str):
     record = train_stage(run, config(notes))
     (run.tokenizer / "STAGE.json").unlink()
@@ -166,3 +193,22 @@ def test_a_trained_model_keeps_its_tokenizer(run: RunDir, notes: str):
     (run.tokenizer / "tokenizer.json").write_bytes(before[:-1])
     train_stage(run, config(notes))
     assert (run.tokenizer / "tokenizer.json").read_bytes() == before
+
+
+def test_a_mixture_is_read_in_its_shares(run: RunDir, notes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} long text" + " goes on and on" * 80}) + "\n" for i in range(60)))
+    import_paths("long", [path])
+    read: list[str] = []
+    real = stage_module.train
+
+    def listening(texts: Iterator[str], vocab_size: int, **rest: object) -> Tokenizer:
+        read.extend(texts)
+        return real(iter(read), vocab_size, **rest)
+
+    monkeypatch.setattr(stage_module, "train", listening)
+    mixed = RunConfig(data={"mix": {notes: 1, "long": 3}}, tokenizer={"vocab_size": 300, "max_chars": 40_000})
+    train_stage(run, mixed)
+    assert sum(len(text) for text in read if "long text" in text) / 40_000 == pytest.approx(0.75, abs=0.05)
+    again = RunConfig(data={"mix": {notes: 2, "long": 3}}, tokenizer={"vocab_size": 300, "max_chars": 40_000})
+    assert train_stage(run, again) != train_stage(run, mixed), "the weights are part of what it is made from"

@@ -14,6 +14,7 @@ from picollm.run_dir import StageDir
 from picollm.tokenizer.chat_format import CHAT_TEMPLATE
 from picollm.tokenizer.special import SPECIALS
 from picollm.tokenizer.tokenizer import StreamDecoder, Tokenizer, byte_alphabet, cut_space_runs
+from picollm.tokenizer.train import train
 
 
 def test_byte_alphabet_is_the_librarys():
@@ -49,13 +50,36 @@ def test_agrees_with_the_library_on_plain_text(tokenizer: Tokenizer, nasty: list
             assert library.decode(ids) == tokenizer.decode(ids)
 
 
+# Text of every kind, and text in which digits, marks of special tokens and white space meet more often than by chance.
+TEXTS = st.text() | st.lists(
+    st.sampled_from(["7", "12", "2024", "٣٤", "½", " ", "\n", "\r\n", "'s", "a", "é", "你", *SPECIALS, "<|", "|>"])
+).map("".join)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+def test_any_text_comes_back(tokenizer: Tokenizer, two_digits: Tokenizer, text: str):
+    for each in (tokenizer, two_digits):
+        ids = each.encode(text)
+        assert each.decode(ids) == text
+        assert sum(each.token_bytes[i] for i in ids) == len(text.encode())
+        assert not set(ids) & set(each.special.values())
+        decoder = StreamDecoder(each)
+        assert "".join(map(decoder.push, ids)) + decoder.flush() == text
+
+
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text())
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    decoder = StreamDecoder(tokenizer)
-    assert "".join(map(decoder.push, ids)) + decoder.flush() == text
+@given(texts=st.lists(TEXTS, max_size=5))
+def test_a_batch_is_its_texts(two_digits: Tokenizer, texts: list[str]):
+    assert two_digits.encode_batch(texts) == [two_digits.encode(text) for text in texts]
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+def test_no_token_of_text_holds_more_digits_than_promised(tokenizer: Tokenizer, two_digits: Tokenizer, text: str):
+    for each in (tokenizer, two_digits):
+        for i in each.encode(text):
+            assert sum(48 <= byte < 58 for byte in each.id_to_bytes(i)) <= each.digits
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -162,6 +186,46 @@ def test_foreign_tokenizers_are_refused(tokenizer: Tokenizer, tmp_path):
     with pytest.raises(IntegrityError) as caught:
         Tokenizer.load(tmp_path)
     assert "nine special tokens" in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "NFC"}},
+        {"regex": r"\p{N}{1,3}"},
+        {"regex": r"\p{N}{2}"},
+    ],
+)
+def test_other_ways_to_split_text_are_refused(two_digits: Tokenizer, tmp_path, change: dict):
+    data = json.loads(two_digits._json)
+    if regex := change.get("regex"):
+        pattern = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+        pattern["Regex"] = pattern["Regex"].replace(r"\p{N}{1,2}", regex)
+    else:
+        data |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(IntegrityError) as caught:
+        Tokenizer.load(tmp_path)
+    assert "two regexes" in caught.value.cause
+
+
+def test_digits_are_part_of_the_file(tokenizer: Tokenizer, two_digits: Tokenizer, tmp_path):
+    two_digits.save(tmp_path)
+    assert Tokenizer.load(tmp_path).digits == 2 and tokenizer.digits == 1
+    # Nothing but the regex need differ for it to be another tokenizer.
+    one = train(iter(["a cat", "a cat"]), 270)
+    two = train(iter(["a cat", "a cat"]), 270, digits=2)
+    assert one.encode("a cat") == two.encode("a cat") and one.sha256 != two.sha256
+
+
+def test_raw_bytes_of_every_id(tokenizer: Tokenizer, two_digits: Tokenizer):
+    for each in (tokenizer, two_digits):
+        # Of a part of a character, too: decoded alone it would be U+FFFD and count as three bytes.
+        assert [len(each.id_to_bytes(i)) for i in range(each.vocab_size)] == each.token_bytes
+        assert sorted(each.id_to_bytes(i) for i in range(each.vocab_size) if each.token_bytes[i] == 1) == [
+            bytes([byte]) for byte in range(256)
+        ]
 
 
 def test_specials_tuple_is_complete(tokenizer: Tokenizer):

@@ -11,20 +11,21 @@ import threading
 import pytest
 
 from picollm.errors import ConfigError, IntegrityError
-from picollm.tokenizer.special import SPECIALS, SPLIT_PATTERN
+from picollm.tokenizer.special import SPECIALS, SPLIT_PATTERNS, Digits
 from picollm.tokenizer.train import capped, train
 
 TEXT = ["the cat sat on the mat and the other cat sat too", "once upon a time there was a cat"]
 
 
-def test_file_has_exactly_the_promised_pipeline():
-    data = json.loads(train(iter(TEXT * 2), 300)._json)
+@pytest.mark.parametrize("digits", [1, 2])
+def test_file_has_exactly_the_promised_pipeline(digits: Digits):
+    data = json.loads(train(iter(TEXT * 2), 300, digits=digits)._json)
     assert data["normalizer"] is None
     assert data["post_processor"] is None
     assert data["pre_tokenizer"] == {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": SPLIT_PATTERNS[digits]}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         ],
     }
@@ -42,10 +43,11 @@ def test_file_has_exactly_the_promised_pipeline():
 
 def test_split_pattern_is_the_one_llama_cpp_knows():
     # Written out once more on purpose: a change of this string silently ends GGUF parity.
-    assert SPLIT_PATTERN == (
+    one = (
         r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
+    assert {1: one, 2: one.replace(r"|\p{N}| ", r"|\p{N}{1,2}| ")} == SPLIT_PATTERNS
 
 
 def test_vocab_size_counts_the_specials():
@@ -65,8 +67,18 @@ def test_every_digit_stands_alone():
     assert all(len(tokenizer.id_to_bytes(i)) == 1 for i in tokenizer.encode("20241999"))
 
 
-def test_specials_in_the_text_never_become_ordinary_tokens():
-    tokenizer = train(iter(["<|bos|><|assistant_start|>"] * 500), 1000)
+def test_two_digits_may_stand_together():
+    tokenizer = train(iter(["2024 2024 2024 1999"] * 50), 400, digits=2)
+    assert tokenizer.digits == 2
+    assert [tokenizer.id_to_bytes(i) for i in tokenizer.encode("20241999")] == [b"20", b"24", b"19", b"99"]
+    # From the left, as the regex says, whatever stands before or behind.
+    assert [tokenizer.id_to_bytes(i) for i in tokenizer.encode("a202")] == [b"a", b"20", b"2"]
+    assert train(iter(["2024"] * 50), 400).digits == 1
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_specials_in_the_text_never_become_ordinary_tokens(digits: Digits):
+    tokenizer = train(iter(["<|bos|><|assistant_start|>"] * 500), 1000, digits=digits)
     ordinary = {tokenizer.id_to_bytes(i) for i in range(tokenizer.vocab_size - 9)}
     assert not ordinary & {text.encode() for text in SPECIALS}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from picollm.errors import IntegrityError
-from picollm.train.checkpoint_parts import INDEX, Part, build_index, part_name, read_index
+from picollm.errors import IntegrityError, WorkerError
+from picollm.train.checkpoint_parts import INDEX, Part, await_end, build_index, part_name, read_index
 
 ROWS = st.lists(st.integers(-1, 6) | st.none(), max_size=3)
 ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
@@ -47,3 +48,11 @@ def test_what_ranks_write_is_read(tmp_path_factory, rows: int, world: int) -> No
     entry = read_index(path)["a/m"]
     assert entry.shape == (rows, 2) and len(entry.parts) == -(-rows // share)
     assert all(file == part_name(first // share, world) for first, _, file in entry.parts)
+
+
+def test_a_rank_that_was_asked_to_end_does_not_wait_for_a_dead_rank_0(tmp_path: Path) -> None:
+    looks = iter([False, False, True])
+    await_end(tmp_path, timeout_s=60, stopped=lambda: next(looks))
+    assert next(looks, None) is None
+    with pytest.raises(WorkerError, match="rank 0 has not completed"):
+        await_end(tmp_path, timeout_s=0)

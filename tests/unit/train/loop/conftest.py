@@ -13,7 +13,9 @@ import torch
 from picollm.attention_choice import AttentionChoice
 from picollm.config.model import Architecture
 from picollm.config.recipe import Rates, Schedule, Source, TrainRecipe, TrainRuntime
-from picollm.data.packing import Batches, Encoded, RowPacker
+from picollm.data.mixture import Mixture
+from picollm.data.packing import Batches, RowPacker
+from picollm.data.token_source import Encoded, LiveTokens
 from picollm.events import Event, EventWriter, read_all
 from picollm.run_dir import StageDir, run_named
 from picollm.train.loop import Job
@@ -90,7 +92,8 @@ def _packer(poisoned: frozenset[int]) -> RowPacker:
             encoded.append(Encoded(ids))
         return encoded
 
-    return RowPacker(encode, DOCUMENTS, length=LENGTH, bos=0, seed=0, buffer_size=4, cut=True)
+    documents = Mixture([LiveTokens(encode, DOCUMENTS)], [1.0], seed=0)
+    return RowPacker(documents, length=LENGTH, bos=0, seed=0, buffer_size=4)
 
 
 def _documents_of(steps: set[int]) -> frozenset[int]:

@@ -196,7 +196,7 @@ def test_a_recipe_edited_by_hand_is_not_trained_on(worker, make_job: MakeJob) ->
 
 def test_an_error_in_the_data_ends_the_run_and_its_thread(worker, make_job: MakeJob) -> None:
     job = make_job()
-    job.batches.packer.encode = lambda indices: [][indices[0]]
+    job.batches.packer.documents.draw = lambda: [][0]
     with pytest.raises(IndexError):
         train(worker, job)
 

@@ -1,0 +1,130 @@
+"""The token cache holds what the tokenizer gives, is made once, and is never read when it is not as written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from picollm.data.dataset_writer import DatasetWriter
+from picollm.data.datasets import Dataset
+from picollm.errors import IntegrityError, Interrupted
+from picollm.tokenizer import cache
+from picollm.tokenizer.cache import build, cache_dir, open_cache, wanted
+from picollm.tokenizer.tokenizer import Tokenizer
+
+LIMIT = 2.0**30
+TEXTS = [f"Document {i}: " + "the river ran past a silver stone. " * (i % 5) for i in range(60)] + ["", "x"]
+
+
+@pytest.fixture
+def base(clean_environment: Path) -> Path:
+    return clean_environment
+
+
+@pytest.fixture
+def notes(base: Path) -> Dataset:
+    with DatasetWriter("notes") as writer:
+        writer.start("text")
+        for text in TEXTS:
+            writer.add("train", text)
+        writer.add("validation", "held back")
+        writer.publish({"from": "a test"})
+    return Dataset.open("notes")
+
+
+def make(base: Path, notes: Dataset, tokenizer: Tokenizer, processes: int = 1) -> cache.CachedTokens:
+    return build(base, notes, tokenizer, processes=processes, limit_bytes=LIMIT)
+
+
+def read(tokens: cache.CachedTokens) -> list[list[int]]:
+    found = []
+    for document, size in enumerate(tokens.lengths(range(tokens.num_documents))):
+        ids, mask = np.empty(size, np.int32), np.zeros(size, bool)
+        tokens.copy(document, 0, ids, mask)
+        assert mask.all()
+        found.append(ids.tolist())
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_it_holds_what_the_tokenizer_gives(
+    base: Path, notes: Dataset, tokenizer: Tokenizer, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "PART_CHARS", 1500)  # several parts
+    made = make(base, notes, tokenizer, processes)
+    assert read(made) == tokenizer.encode_batch(TEXTS)
+    folder = cache_dir(base, notes, tokenizer)
+    assert len(list(folder.glob("part-*.tokens"))) > 2
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("part-*")}
+    assert read(make(base, notes, tokenizer)) == read(made)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("part-*")} == before, "it was made again"
+
+
+def test_a_stopped_build_keeps_its_parts(
+    base: Path, notes: Dataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "PART_CHARS", 1500)
+
+    def stop(done: int, total: int) -> None:
+        if done > total / 2:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        build(base, notes, tokenizer, processes=1, limit_bytes=LIMIT, on_progress=stop)
+    assert open_cache(base, notes, tokenizer) is None
+    folder = cache_dir(base, notes, tokenizer)
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.offsets.npy")}
+    assert finished
+    seen: list[int] = []
+    build(base, notes, tokenizer, processes=1, limit_bytes=LIMIT, on_progress=lambda done, total: seen.append(done))
+    assert seen[0] > 0 and seen[-1] == len(TEXTS)
+    assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
+    assert read(make(base, notes, tokenizer)) == tokenizer.encode_batch(TEXTS)
+
+
+@pytest.mark.parametrize("damage", ["part-00000.tokens", "part-00000.offsets.npy", "index.json", "gone"])
+def test_damage_is_noticed_and_mended(base: Path, notes: Dataset, tokenizer: Tokenizer, damage: str) -> None:
+    expected = read(make(base, notes, tokenizer))
+    folder = cache_dir(base, notes, tokenizer)
+    if damage == "gone":
+        (folder / "part-00000.tokens").unlink()
+    else:
+        content = bytearray((folder / damage).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / damage).write_bytes(content)
+    assert open_cache(base, notes, tokenizer) is None
+    assert read(make(base, notes, tokenizer)) == expected
+
+
+def test_a_damaged_shard_is_never_tokenised(base: Path, notes: Dataset, tokenizer: Tokenizer) -> None:
+    shard = notes.path / next(file.name for file in notes.files if file.split == "train")
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(IntegrityError, match=shard.name):
+        make(base, notes, tokenizer)
+    assert open_cache(base, notes, tokenizer) is None
+
+
+def test_room_is_made_by_removing_what_was_used_longest_ago(base: Path, notes: Dataset, tokenizer: Tokenizer) -> None:
+    others = [base / "cache/tokens" / name for name in ("old", "older", "mine")]
+    for age, folder in enumerate(others, 1):
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"x" * 1000)
+        (folder / "index.json").write_text("{}")
+        os.utime(folder / "index.json", (1e9 - age, 1e9 - age))
+    limit = 2 * 1002 + cache.expected_bytes(notes) + 1
+    build(base, notes, tokenizer, processes=1, limit_bytes=limit, keep=[others[2]])
+    assert [folder.exists() for folder in others] == [True, False, True]
+
+
+def test_when_it_is_worth_it(notes: Dataset) -> None:
+    chars = notes.chars("train")
+    assert wanted(notes, chars / 4, LIMIT)[0]
+    assert wanted(notes, chars / 40, LIMIT) == (False, "the run tokenises only 10% as much text as the dataset has")
+    assert wanted(notes, chars / 40, LIMIT, readers=8)[0], "eight ranks would tokenise most of it eight times"
+    assert "more than `data.cache_gib` leaves" in wanted(notes, chars, 10.0)[1]
+    assert wanted(notes, chars, 0.0) == (False, "`data.cache_gib` is 0")
