@@ -196,7 +196,7 @@ class StageDir:
         again = f"remove it and run `picollm speedrun --run {self.run.name}`: the stage goes on from what it has saved"
         try:
             record = read_fields(self.record_path, {"inputs": dict, "outputs": dict, "result": dict}, hint=again)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # below a file there is no stage either
             return None
         for name, entry in record["outputs"].items():
             if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():

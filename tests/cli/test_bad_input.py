@@ -246,7 +246,7 @@ def test_a_gpu_that_torch_was_not_built_for_is_left_alone(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
-        (("data", "import", "notes", "a.txt"), "picollm.data.dataset_writer.DatasetWriter.add"),
+        (("data", "import", "notes", "a.txt"), "picollm.data.spill.Spill.add"),
         (("tokenizer", "train", "--preset", "demo", "--run", "new", "--set", "data.dataset=stories"),
          "picollm.tokenizer.stage.train"),
         (("report", "--run", "tiny"), "picollm.report.build.render"),
