@@ -24,6 +24,7 @@ from picollm.run_dir import RunDir
 Progress = Callable[[int, int], None]
 
 SHOWN_PROBLEMS = 10
+EXPORT = "export"  # the folder of what `picollm export` writes into a run
 
 # Who is at work right now, not what was made.
 _TRANSIENT_FILES = frozenset({"lock", "lock.owner", "pid", "launcher", "nodes", "STOP", "tokens"})
@@ -108,6 +109,24 @@ def write_manifest(run: RunDir, *, on_progress: Progress | None = None) -> dict[
     manifest = {"schema": SCHEMA, "run": run.name, "picollm": __version__, "data": read, "files": files}
     write_json(run.manifest_path, manifest)
     return manifest
+
+
+def list_exports(run: RunDir) -> None:
+    """Bring the entries of `export/` in a manifest that is there up to date; all others stay as they were written.
+
+    An export comes after a run's last stage. Writing the whole manifest again would hide what changed since.
+    """
+    if not run.manifest_path.exists():
+        return
+    manifest = read_manifest(run)
+    kept = [entry for entry in manifest["files"] if entry["stage"] != EXPORT]
+    paths = [path for path in list_files(run) if stage_of(path) == EXPORT]
+    made = [
+        {"path": path, "bytes": size, "sha256": sha256, "stage": EXPORT, "from": {}}
+        for path, size, sha256 in _hash_all(run, paths, None)
+    ]
+    manifest["files"] = sorted([*kept, *made], key=lambda entry: entry["path"])
+    write_json(run.manifest_path, manifest)
 
 
 def read_manifest(run: RunDir) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from picollm.attention_choice import choose_attention
 from picollm.config.model import Architecture
 from picollm.config.recipe import ComputeDtype, TrainRecipe
 from picollm.config.schema import RunConfig
+from picollm.export.features import Export, exports
 from picollm.hardware import Machine
 from picollm.rates import Horizon, pretrain_horizon
 from picollm.recipes import (
@@ -76,50 +77,6 @@ class StagePlan:
     time_s: float
     steps: int | None = None
     tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Export:
-    """Whether a run's model can be written in a format, and why or why not."""
-
-    possible: bool
-    reason: str
-
-
-def blocking_features(arch: Architecture) -> list[str]:
-    """What stock architectures (Qwen3, Apertus) do not have, each with the key that brought it."""
-    features = [
-        (arch.sliding_window, f"windows (`model.window_pattern` {arch.window_pattern})"),
-        (arch.final_logit_softcapping, f"soft-capped logits (`model.logit_softcap` {arch.final_logit_softcapping})"),
-        (arch.value_embeddings, "value embeddings (`model.value_embeddings`)"),
-        (arch.x0_scalars, "the embedding in every layer (`model.x0_scalars`)"),
-        (arch.smear, "smear (`model.smear`)"),
-        (arch.backout, "backout (`model.backout`)"),
-    ]
-    return [text for present, text in features if present]
-
-
-def exports(arch: Architecture, *, digits: int = 1) -> dict[str, Export]:
-    """Formats that stock runtimes read, by the features of the shape and of the tokenizer (MODEL 2-5).
-
-    Args:
-        digits: that may stand in one token (`Tokenizer.digits`).
-    """
-    splits = "" if digits == 1 else f"GGUF has no name for tokens of {digits} digits (`tokenizer.digits`)"
-    if blocking := blocking_features(arch):
-        reason = f"no stock architecture has {', '.join(blocking)}; `model.arch=portable` has none of it"
-        gguf = Export(False, f"{reason}; {splits}" if splits else reason)
-        return {"gguf": gguf, "transformers": Export(False, reason)}
-    widths = (arch.head_dim * arch.num_attention_heads, arch.hidden_size, arch.intermediate_size)
-    if any(width % 32 for width in widths):
-        gguf = Export(True, "float types only: quantised rows need widths that are multiples of 32")
-    elif any(width % 256 for width in widths):
-        gguf = Export(True, "all but K-quants, whose rows need widths that are multiples of 256")
-    else:
-        gguf = Export(True, "every feature folds into a stock architecture")
-    if splits:
-        gguf = Export(False, f"{splits}; `tokenizer.digits=1` splits as it can")
-    return {"gguf": gguf, "transformers": Export(True, "every feature folds into a stock architecture")}
 
 
 @dataclass(frozen=True)

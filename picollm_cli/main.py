@@ -18,6 +18,7 @@ from picollm_cli.commands import (
     data,
     doctor,
     eval,
+    export,
     manifest,
     pretrain,
     report,
@@ -77,6 +78,7 @@ PANELS: dict[str, dict[str, typer.Typer | Callable[..., None]]] = {
     },
     "Use": {"chat": chat.chat},
     "Record": {"runs": runs.runs, "report": report.report, "manifest": manifest.app},
+    "Publish": {"export": export.app},
 }
 for _title, _commands in PANELS.items():
     # Typer lists commands before groups; a nameless group per panel keeps them in this order.

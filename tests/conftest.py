@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs llama.cpp runs wherever its package is installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        for item in items:
+            if item.get_closest_marker("llamacpp"):
+                item.add_marker(pytest.mark.skip(reason="xllamacpp is not installed"))
 
 
 @pytest.fixture(autouse=True)

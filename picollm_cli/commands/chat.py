@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -36,6 +36,14 @@ def chat(
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="0 is greedy; higher is more varied.")
     ] = 0.0,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="ENGINE",
+            help="picollm; llamacpp answers with the newest exported GGUF, or name a file.",
+        ),
+    ] = "picollm",
     json: options.Json = False,
 ) -> None:
     """Chat with a trained model.
@@ -50,19 +58,23 @@ def chat(
       picollm chat -p "What is 7 plus 5?"
       picollm chat --run demo --stage pretrain -p "Once upon a time"
       picollm chat --temperature 0.8 --system "Answer briefly."
+      picollm chat --engine llamacpp -p "Who are you?"
       echo "Who are you?" | picollm chat -p - --json
     """
     from picollm.errors import ConfigError
     from picollm.run_dir import find_run
 
     out = Output(as_json=json)
-    found = find_run(run)
+    found = find_run(run) if engine == "picollm" else None
     if prompt is not None:
         prompt = stdin_text().strip("\n") if prompt == "-" else argument_text(prompt)
     if system is not None:
         system = argument_text(system)
     if prompt is not None and not prompt.strip():
         raise ConfigError("the prompt is empty", hint='give a text: `picollm chat -p "Who are you?"`')
+    if found is None:
+        _with_file(out, engine, run, stage, prompt, system, temperature)
+        return
     chosen = choose_stage(found, stage)
     # Torch comes with these; nothing above needs it, so that mistakes are told at once.
     os.environ.update(SPIN_COUNT | os.environ)  # OpenMP reads it when torch is loaded, which is here
@@ -119,8 +131,6 @@ def _answer(out: Output, session: Session, trained: TrainedModel, text: str, tem
 
 def _interactive(out: Output, session: Session, trained: TrainedModel, temperature: float) -> None:
     """Read a line, stream the reply, again; until /quit or the end of input."""
-    from picollm.errors import ConfigError
-
     how = f"temperature {temperature:g}" if temperature else "greedy"
     out.note(
         f"run {trained.stage.run.name}, stage {trained.stage.name}, step {trained.step:,}, "
@@ -128,6 +138,38 @@ def _interactive(out: Output, session: Session, trained: TrainedModel, temperatu
     )
     if not trained.is_chat:
         out.note("this is a base model: it continues your text and remembers nothing")
+    _converse(out, lambda text: _answer(out, session, trained, text, temperature), session.reset)
+
+
+def _with_file(
+    out: Output, engine: str, run: str | None, stage: str | None, prompt: str | None, system: str | None,
+    temperature: float,
+) -> None:  # fmt: skip
+    """The same with an exported file, which llama.cpp answers with."""
+    from picollm_cli.file_chat import NO_CALCULATOR, FileChat, answer, choose_file, header
+
+    chat = FileChat(choose_file(engine, run, stage), system)
+
+    def ask(text: str) -> None:
+        show = _Stream(silent=out.as_json)
+        answer(out, chat, text, temperature, show.write, show.end)
+
+    if prompt is None:
+        out.note(header(chat, temperature))
+    if chat.about.is_chat:
+        out.note(NO_CALCULATOR, style="quiet")
+    else:
+        out.note("this is a base model: it continues your text and remembers nothing")
+    if prompt is not None:
+        ask(prompt)
+    else:
+        _converse(out, ask, chat.reset)
+
+
+def _converse(out: Output, answer: Callable[[str], None], reset: Callable[[], None]) -> None:
+    """Lines and commands until /quit or the end of input."""
+    from picollm.errors import ConfigError
+
     out.note("/help lists the commands, Ctrl-D quits", style="quiet")
     for line in _lines(out):
         text = line.strip()
@@ -136,13 +178,13 @@ def _interactive(out: Output, session: Session, trained: TrainedModel, temperatu
         if text == "/help":
             out.note(HELP)
         elif text == "/reset":
-            session.reset()
+            reset()
             out.note("the conversation is forgotten", style="quiet")
         elif text.startswith("/") and " " not in text:
             out.note(f"`{text}` is not a command; /help lists them")
         elif text:
             try:
-                _answer(out, session, trained, text, temperature)
+                answer(text)
             except KeyboardInterrupt:
                 out.note("stopped", style="quiet")
             except ConfigError as error:

@@ -84,7 +84,7 @@ def test_every_command_shows_examples(name: str) -> None:
     assert f"  picollm {name}" in result.output or name == "tokenizer show"
 
 
-@pytest.mark.parametrize("group", ["", "bench", "data", "tokenizer", "manifest"])
+@pytest.mark.parametrize("group", ["", "bench", "data", "tokenizer", "manifest", "export"])
 def test_every_group_shows_examples(group: str) -> None:
     result = runner.invoke(app, [*group.split(), "--help"])
     assert result.exit_code == 0 and "Examples:" in result.output

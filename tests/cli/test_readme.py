@@ -14,7 +14,7 @@ from picollm.config.resolve import known_keys
 from picollm_cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/learn/README.md")
+PAGES = ("README.md", "docs/learn/README.md", "docs/export.md")
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -30,7 +30,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "recipes": frozenset({"config", "errors", "hardware", "rates", "scaling"}),
     "runtimes": frozenset({"attention_choice", "config", "errors", "hardware", "memory", "rates", "units"}),
     "plan": frozenset(
-        {"attention_choice", "config", "estimate", "hardware", "rates", "recipes", "runtimes", "scaling"}
+        {"attention_choice", "config", "estimate", "export.features", "hardware", "rates", "recipes", "runtimes"}
+        | {"scaling"}
     ),
     "torch_facts": frozenset({"errors", "files", "hardware", "run_dir", "__init__"}),
     "manifest": frozenset({"errors", "files", "run_dir", "__init__"}),
@@ -48,6 +49,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "worker": frozenset({"errors", "events", "locks", "run_dir", "train.distributed"}),
     "generate": frozenset({"data.conversations", "errors", "model", "run_dir", "tokenizer", "train.checkpoint"}),
     "evaluate": frozenset({"data", "errors", "generate", "model", "tokenizer"}),
+    "export": frozenset(
+        {"config", "data", "errors", "files", "generate", "hardware", "model", "run_dir", "scaling", "tokenizer"}
+        | {"train.checkpoint_files", "train.checkpoint_tensors", "units", "__init__"}
+    ),
     "stages": SPINE
     | {"attention_choice", "bench", "data", "evaluate", "generate", "model", "optim", "plan", "tokenizer", "train"}
     | {"worker"},
@@ -62,6 +67,11 @@ TORCH_MODULES = frozenset(
     ]
     + [f"picollm.bench.{name}" for name in ("gpu_probe", "kernels", "profiling", "steps", "timing", "training")]
     + [f"picollm.stages.{name}" for name in ("training", "pretrain", "sft", "eval")]
+    + [
+        f"picollm.export.{name}"
+        for name in "folding gguf gguf_export llamacpp_checks logits parity shards transformers transformers_check "
+        "transformers_tensors remote_code.modeling_picollm".split()
+    ]
 )
 # What the desk may not load before it knows what is wanted; jaxtyping comes with the model's files.
 HEAVY = frozenset(
@@ -94,6 +104,8 @@ def imports(module: str, *, at_import: bool) -> frozenset[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            if ".remote_code." in module and node.level:
+                return  # it is copied beside an exported model, where there is no picollm
             assert node.level == 0 and node.module, f"{module}: imports are absolute"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"

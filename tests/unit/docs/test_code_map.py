@@ -52,7 +52,7 @@ def test_every_command_is_on_the_map() -> None:
 
 
 def test_links() -> None:
-    for page in ("docs/code-map.md", "docs/learn/README.md", "README.md"):
+    for page in ("docs/code-map.md", "docs/export.md", "docs/learn/README.md", "README.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
     for name in re.findall(r"`(picollm/[\w/]+\.py)`", (ROOT / "docs/learn/README.md").read_text()):

@@ -1,0 +1,181 @@
+"""`picollm export gguf`, from a stage to a checked file: everything but talking to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from picollm.errors import ConfigError
+from picollm.export import features, folding, gguf, gguf_file, llamacpp_checks, parity
+from picollm.export.folding import Checkpoint
+from picollm.export.gguf_table import Entry
+from picollm.export.gguf_types import Quant
+from picollm.export.ollama import modelfile
+from picollm.export.parity import Check
+from picollm.export.provenance import provenance_of
+from picollm.export.unready import unready as temporary
+from picollm.files import sha256_file, write_atomic
+from picollm.run_dir import RunDir, StageDir
+from picollm.scaling import num_params
+
+# phase, done, total
+Progress = Callable[[str, int, int], None]
+
+# The oldest releases that have the two architectures: llama.cpp's pull requests 15852 and 12828.
+OLDEST_RUNTIME = {
+    "apertus": "llama.cpp of October 2025 (it brought `apertus` with xIELU) and what embeds one as new",
+    "qwen3": "llama.cpp of April 2025 (it brought `qwen3`) and what embeds one as new",
+}
+
+
+@dataclass(frozen=True)
+class GGUFRequest:
+    """What is asked for.
+
+    Attributes:
+        host: stock architecture that the file names.
+        license: of the weights; left out of the file unless given.
+    """
+
+    stage: StageDir
+    quant: Quant
+    host: str
+    out: Path
+    force: bool = False
+    license: str | None = None
+
+
+def default_path(stage: StageDir, quant: Quant, host: str) -> Path:
+    """`RUN/export/gguf/RUN-STAGE-QUANT.gguf`, with the host in it where it is not the usual one."""
+    suffix = "" if host == "apertus" else f"-{host}"
+    return gguf_folder(stage.run) / f"{stage.run.name}-{stage.name}{suffix}-{quant.name}.gguf"
+
+
+def gguf_folder(run: RunDir) -> Path:
+    return run.path / "export" / "gguf"
+
+
+def export_gguf(
+    request: GGUFRequest,
+    *,
+    on_progress: Progress = lambda phase, done, total: None,
+    on_checks: Callable[[list[Check]], None] = lambda checks: None,
+) -> dict[str, Any]:
+    """Write the file and its `Modelfile`, check them, and give them their names.
+
+    Args:
+        on_checks: called with the rows of the table, passed or not, before the file gets its name.
+
+    Returns:
+        the report, as in `export.json`.
+
+    Raises:
+        ConfigError: the model has features that no stock architecture has, or there is a file of that name.
+        MissingArtifact: the stage has no checkpoint.
+        IntegrityError: the checkpoint is damaged, or the export does not agree with it; then it is `….failed`.
+        HostError: no room on the disk, or a program that is needed is not there.
+    """
+    quant, host, out = request.quant, request.host, request.out
+    if not quant.direct:
+        gguf.find_program(quant)
+    parity.claim(out, force=request.force)
+    checkpoint = folding.open_checkpoint(request.stage)
+    tokenizer = folding.open_tokenizer(checkpoint)
+    refuse_blocked(checkpoint, digits=tokenizer.digits)
+    arch = checkpoint.arch
+    provenance = provenance_of(
+        request.stage,
+        step=checkpoint.step,
+        num_params=num_params(arch).total,
+        checkpoint_sha256=checkpoint.sha256,
+        tokenizer_sha256=checkpoint.tokenizer_sha256,
+        license=request.license,
+    )
+    metadata, listed = gguf.table(checkpoint, tokenizer, host, quant, provenance)
+    with temporary(out) as unready:
+        source = unready.with_suffix(".f32.tmp") if not quant.direct else unready
+        try:
+            gguf.write(
+                source, checkpoint, host, quant, listed, metadata,
+                on_progress=lambda done, total: on_progress("writing", done, total),
+            )  # fmt: skip
+            if not quant.direct:
+                on_progress("llama-quantize", 0, 1)
+                gguf.quantise(source, unready, quant)
+        finally:
+            if source != unready:
+                source.unlink(missing_ok=True)
+        checks = _file_checks(unready, checkpoint, host, quant, listed, metadata, on_progress)
+        on_progress("llama.cpp", 0, 1)
+        checks += llamacpp_checks.checks(unready, checkpoint, tokenizer, quant)
+        on_checks(checks)
+        about = {
+            "format": "gguf",
+            "run": request.stage.run.name,
+            "stage": request.stage.name,
+            "step": checkpoint.step,
+            "arch": host,
+            "quant": quant.name,
+            "file": out.name,
+            "bytes": unready.stat().st_size,
+            "sha256": sha256_file(unready),
+            "checkpoint_sha256": checkpoint.sha256,
+            "recipe_sha256": provenance.recipe_sha256,
+            "kept_float": gguf_file.float_matrices(unready) if not quant.is_float else [],
+            "runtime": OLDEST_RUNTIME[host],
+        }
+        report = parity.finish(unready, out, checks, about)
+    write_atomic(
+        modelfile_path(out), modelfile(out.name, is_chat=provenance.is_chat, context=arch.max_position_embeddings)
+    )
+    return report
+
+
+def modelfile_path(out: Path) -> Path:
+    """Ollama's `Modelfile` of a GGUF file; with the file's name before it, because a folder may hold several."""
+    return out.with_name(f"{out.stem}.Modelfile")
+
+
+def refuse_blocked(checkpoint: Checkpoint, *, digits: int) -> None:
+    """Say no before anything is written, naming every feature that stands in the way.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    blocking = features.blockers(checkpoint.arch, digits=digits)[features.GGUF]
+    if blocking:
+        raise ConfigError(
+            f"run `{checkpoint.stage.run.name}` cannot be exported as GGUF",
+            cause=f"no program that reads GGUF has {', '.join(blocking)}",
+            hint=f"`picollm export transformers --run {checkpoint.stage.run.name}` takes its code with it; "
+            "a run with `--set model.arch=portable` exports as GGUF",
+        )
+
+
+def _file_checks(
+    path: Path, checkpoint: Checkpoint, host: str, quant: Quant, listed: list[Entry], metadata: dict[str, Any],
+    on_progress: Progress,
+) -> list[Check]:  # fmt: skip
+    """The rows that need no runtime: every key and every tensor, read back from the disk."""
+    wrong = gguf_file.wrong_keys(path, host, quant, metadata)
+    error, differing = gguf_file.tensor_errors(
+        path, quant, listed, gguf.tensors(checkpoint, host, quant),
+        on_progress=lambda done, total: on_progress("reading back", done, total),
+    )  # fmt: skip
+    num_keys = len(metadata) + 2
+    return [
+        Check(
+            "tensors", f"{len(listed) - len(differing)} of {len(listed)}", f"{len(listed)} of {len(listed)}",
+            not differing, "; ".join(differing[:3]) or "names, types and shapes",
+        ),
+        Check(
+            "tensor values, largest relative error", float(f"{error:.3g}"), f"<= {quant.max_error:g}",
+            error <= quant.max_error, "root mean square of a tensor's difference over its own",
+        ),
+        Check(
+            "keys", f"{num_keys - len(wrong)} of {num_keys}", f"{num_keys} of {num_keys}", not wrong,
+            "; ".join(wrong[:3]),
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,53 @@
+"""What a GGUF file says of itself, as a conversation with it needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from picollm.errors import IntegrityError
+from picollm.export.gguf_file import open_file
+
+
+@dataclass(frozen=True)
+class About:
+    """A file's own description.
+
+    Attributes:
+        context: tokens it was trained with.
+        bos: id of the first token of every text.
+        is_chat: it has a chat template.
+        run, stage, step: where it comes from; None where picollm has not written it.
+    """
+
+    context: int
+    bos: int
+    is_chat: bool
+    run: str | None
+    stage: str | None
+    step: int | None
+
+
+def describe(path: Path) -> About:
+    """Read a file's keys.
+
+    Raises:
+        IntegrityError: it is no GGUF file, or lacks a key that every model has.
+    """
+    fields = open_file(path).fields
+
+    def value(name: str) -> Any:
+        return fields[name].contents() if name in fields else None
+
+    host = value("general.architecture")
+    context, bos = value(f"{host}.context_length"), value("tokenizer.ggml.bos_token_id")
+    if not isinstance(context, int) or not isinstance(bos, int):
+        raise IntegrityError(
+            f"`{path}` is not a language model",
+            cause="it lacks a context length or a first token",
+            hint="export it again",
+        )
+    stage, name = value("picollm.stage"), value("general.name")
+    run = name.removesuffix(f"-{stage}") if isinstance(stage, str) and isinstance(name, str) else None
+    return About(context, bos, value("tokenizer.chat_template") is not None, run, stage, value("picollm.step"))

@@ -1,0 +1,94 @@
+"""What an exported file says about itself: which run, stage and step, trained on what, made by which picollm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from picollm import __version__
+from picollm.files import sha256_json
+from picollm.run_dir import TRAINING_STAGES, StageDir
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model comes from.
+
+    Attributes:
+        datasets: name -> sha256 of every dataset that it or an earlier stage learnt from.
+        training_tokens: seen in this stage and the ones before it.
+        license: of the weights, as the user gave it; only they can know.
+    """
+
+    run: str
+    stage: str
+    step: int
+    num_params: int
+    datasets: dict[str, str]
+    training_tokens: int
+    checkpoint_sha256: str
+    recipe_sha256: str
+    tokenizer_sha256: str
+    license: str | None = None
+    picollm: str = __version__
+
+    @property
+    def is_chat(self) -> bool:
+        """False for a base model, which knows no turns."""
+        return self.stage != "pretrain"
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}-{self.stage}"
+
+    @property
+    def size_label(self) -> str:
+        """Parameters as model names have them: 780K, 135M, 1.3B."""
+        for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+            if self.num_params >= scale:
+                shown = self.num_params / scale
+                return f"{shown:.1f}{letter}" if shown < 10 else f"{shown:.0f}{letter}"
+        return str(self.num_params)
+
+    @property
+    def tags(self) -> list[str]:
+        return ["text-generation", *(["conversational"] if self.is_chat else []), "picollm"]
+
+    @property
+    def description(self) -> str:
+        kind = "chat model" if self.is_chat else "base model"
+        return f"{kind} of picollm run {self.run}, stage {self.stage}, step {self.step:,}"
+
+
+def provenance_of(
+    stage: StageDir, *, step: int, num_params: int, checkpoint_sha256: str, tokenizer_sha256: str, license: str | None
+) -> Provenance:
+    """What the records of a stage and of those before it say.
+
+    Raises:
+        MissingArtifact: the stage has no config.
+        IntegrityError: a config is torn or of another version.
+    """
+    recipe = stage.read_config()["recipe"]
+    datasets: dict[str, str] = {}
+    tokens = 0
+    for name in TRAINING_STAGES[: TRAINING_STAGES.index(stage.name) + 1]:
+        earlier = stage.run.stage(name)
+        if not earlier.config_path.is_file():
+            continue
+        part: dict[str, Any] = earlier.read_config()["recipe"]
+        datasets |= {source["dataset"]: source["sha256"] for source in part.get("data", [])}
+        done = step if name == stage.name else max(earlier.finished_steps(), default=0)
+        tokens += done * int(part["batch_tokens"])
+    return Provenance(
+        run=stage.run.name,
+        stage=stage.name,
+        step=step,
+        num_params=num_params,
+        datasets=datasets,
+        training_tokens=tokens,
+        checkpoint_sha256=checkpoint_sha256,
+        recipe_sha256=sha256_json(recipe),
+        tokenizer_sha256=tokenizer_sha256,
+        license=license,
+    )
