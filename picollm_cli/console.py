@@ -54,11 +54,22 @@ class Output:
             self.stdout.print(renderable, style=style, markup=False)
 
     def table(self, table: Any) -> None:
-        """Data in columns, on stdout, as wide as it is: a narrow terminal wraps its lines, and no cell is lost."""
-        if not self.as_json:
-            before, self.stdout.width = self.stdout.width, PIPE_WIDTH
-            self.stdout.print(table)
-            self.stdout.width = before
+        """Data in columns, on stdout, as wide as it is: a narrow terminal wraps its lines, and no cell is lost.
+
+        Lines end with their text: blanks up to the longest line would wrap into empty ones.
+        """
+        if self.as_json:
+            return
+        from rich.segment import Segment, Segments
+
+        rows: list[Segment] = []
+        for line in self.stdout.render_lines(table, self.stdout.options.update(width=PIPE_WIDTH), pad=False):
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
+            rows += [*line, Segment.line()]
+        self.stdout.print(Segments(rows), end="")
 
     def note(self, text: Any, *, style: str | None = None) -> None:
         """What is going on, on stderr."""

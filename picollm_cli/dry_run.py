@@ -48,7 +48,8 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
     out.print(f"run `{run.name}`, {'new' if prepared.new else 'continued'}, in {run.path}")
     stages = {}
     for part in plan.stages:
-        work = f"  {part.steps:,} steps, {part.tokens:,} tokens" if part.steps and part.tokens else ""
+        steps = "1 step" if part.steps == 1 else f"{part.steps or 0:,} steps"
+        work = f"  {steps}, {part.tokens:,} tokens" if part.steps and part.tokens else ""
         stages[part.name] = f"{duration(round(part.time_s)):>12}{work}"
     exports = {name: f"{'yes' if e.possible else 'no'} ({e.reason})" for name, e in plan.exports.items()}
     for title, table in (

@@ -122,7 +122,8 @@ def answer(
         end()
     dropped = reply["turns_dropped"]
     if dropped:
-        out.note(f"(the context is full: the oldest {dropped} turns were left out)", style="quiet")
+        turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+        out.note(f"(the context is full: the oldest {turns} left out)", style="quiet")
     out.result(
         {
             "engine": "llamacpp",

@@ -60,7 +60,8 @@ class Progress:
             self._pace = []
             self._enter("")
         elif event["kind"] == "phase":
-            self._enter(str(event.get("text") or ""))
+            # After the first phases the worker still prepares: an empty line would say nothing.
+            self._enter(str(event.get("text") or ("" if self.starts else "starting")))
         elif event["kind"] == "step":
             self._enter("")
             before, self.step = self.step, event.get("step", self.step)

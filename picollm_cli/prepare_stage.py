@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from picollm.errors import ConfigError, MissingArtifact
-from picollm.files import SCHEMA, disk_errors, write_json
+from picollm.files import SCHEMA, disk_errors, sha256_json, write_json
 from picollm.run_dir import RunDir, StageDir
 from picollm_cli.console import Output
 from picollm_cli.launch_line import Launch
@@ -277,6 +277,8 @@ def _write_stage(stage: StageDir, name: str, recipe: dict[str, Any], runtime: di
                 hint=f"undo the change, start a new run with `--run NAME`, "
                 f"or redo the stage with `picollm speedrun --run {run.name} --force {name}`",
             )
+        if not differing and stage.is_done({"recipe": sha256_json(stored["recipe"])}):
+            return  # nothing will be done, and its config goes on saying how it was
         for key, new in runtime.items():
             if (old := stored["runtime"].get(key)) != new:
                 note(stage.run, stage.name, f"runtime {key}: {old} -> {new}")

@@ -61,6 +61,16 @@ class ShardFile:
     sha256: str
     origin: str | None = None
 
+    def check(self) -> None:
+        """Raises ValueError, TypeError: not what a record may say, whoever wrote it."""
+        if not NAME_PATTERN.match(self.name) or self.split not in SPLITS:
+            raise ValueError(f"it names a file `{self.name}` of split `{self.split}`")
+        counts = [count for count in (self.bytes, self.rows, self.chars) if count is not None]
+        if self.bytes is None or any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"sizes of `{self.name}` are no counts")
+        if not isinstance(self.sha256, str) or not isinstance(self.origin, str | None):
+            raise ValueError(f"`sha256` or `origin` of `{self.name}` is no text")
+
     def to_json(self) -> dict[str, Any]:
         """As the record has it: without an origin where it has none, so that records stay what they were."""
         return {key: value for key, value in asdict(self).items() if key != "origin" or value is not None}
@@ -116,10 +126,13 @@ class Dataset:
                 raise ValueError(f"its schema is not {SCHEMA}, the one this version reads")
             files = tuple(ShardFile(**entry) for entry in content["files"])
             for file in files:
-                if not NAME_PATTERN.match(file.name) or file.split not in SPLITS:
-                    raise ValueError(f"it names a file `{file.name}` of split `{file.split}`")
+                file.check()
+            if len({file.name for file in files}) != len(files):
+                raise ValueError("it names a file twice")
             if content["kind"] not in ("text", "conversations"):
                 raise ValueError(f"its kind is {content['kind']!r}")
+            if not isinstance(content["source"], dict) or not isinstance(content["totals"], dict):
+                raise ValueError("`source` and `totals` must be objects")
             return cls(
                 name,
                 content["kind"],

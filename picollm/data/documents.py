@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from picollm.data.datasets import ShardFile
 
 CACHED_ROW_GROUPS = 4
+# Far fewer than a process may have open, however many shards there are.
+OPEN_FILES = 64
 
 
 class Documents(Sequence[str]):
@@ -45,34 +47,50 @@ class Documents(Sequence[str]):
         """
         self._folder, self._files, self._damaged, self._column = folder, files, damaged, column
         self._cache: OrderedDict[int, pyarrow.Array] = OrderedDict()
-        self._open: dict[int, pyarrow.parquet.ParquetFile] = {}
+        self._open: OrderedDict[int, pyarrow.parquet.ParquetFile] = OrderedDict()
+        self._num_rows = sum(file.rows or 0 for file in files)
 
     def __len__(self) -> int:
-        return sum(file.rows or 0 for file in self._files)
+        return self._num_rows
 
     @cached_property
+    def _layout(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """(file, row group inside it) of every row group, in order, and the global row at which each starts."""
+        groups, sizes = [], []
+        for index in range(len(self._files)):
+            metadata = self._parquet(index).metadata
+            for group in range(metadata.num_row_groups):
+                groups.append((index, group))
+                sizes.append(metadata.row_group(group).num_rows)
+        return groups, list(accumulate(sizes, initial=0))[:-1]
+
+    @property
     def _groups(self) -> list[tuple[int, int]]:
-        """(file, row group inside it) of every row group, in order."""
-        return [(f, g) for f in range(len(self._files)) for g in range(self._parquet(f).num_row_groups)]
+        return self._layout[0]
 
-    @cached_property
+    @property
     def _starts(self) -> list[int]:
-        """Global row at which each row group starts."""
-        sizes = [self._parquet(f).metadata.row_group(g).num_rows for f, g in self._groups]
-        return list(accumulate(sizes, initial=0))[:-1]
+        return self._layout[1]
 
     def _parquet(self, index: int) -> pyarrow.parquet.ParquetFile:
-        if index not in self._open:
+        if index in self._open:
+            self._open.move_to_end(index)
+        else:
             import pyarrow.parquet
 
             file = self._files[index]
+            path = self._folder / file.name
             try:
-                parquet = pyarrow.parquet.ParquetFile(self._folder / file.name, page_checksum_verification=True)
+                if path.stat().st_size != file.bytes:  # a file may be opened again long after it was looked at
+                    raise self._damaged(file, f"its size is no longer the {file.bytes:,} bytes of its record")
+                parquet = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             except (pyarrow.ArrowException, OSError) as error:
                 raise self._damaged(file, f"it is not readable parquet: {first_line(error)}") from error
             if parquet.metadata.num_rows != file.rows or self._column not in parquet.schema_arrow.names:
                 raise self._damaged(file, f"it does not hold the {file.rows:,} rows of its record")
             self._open[index] = parquet
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
         return self._open[index]
 
     def _read_group(self, group: int) -> pyarrow.Array:

@@ -1,6 +1,6 @@
 """What can go wrong between us and the Hub: what passes and is tried again, and what is an error of ours.
 
-Messages never carry the token, nor an address with its query: content networks sign those.
+Messages never carry the token, nor an address with its query, which content networks sign, or a password in it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _translated(error: Exception, repo: str) -> PicollmError | TryAgain:
 
 def _retry_after_s(headers: Any) -> float | None:
     """Seconds to wait: `Retry-After`, or what the Hub's rate limit says (`"api";r=0;t=55`)."""
-    if (seconds := headers.get("Retry-After", "")).isdigit():
+    if (seconds := headers.get("Retry-After", "")).isascii() and seconds.isdigit():
         return float(seconds)
     match = re.search(r"r=0;\s*t=(\d+)", headers.get("RateLimit", ""))
     return float(match[1]) if match else None
@@ -111,4 +111,5 @@ def _blotted(text: str) -> str:
 
     if token := get_token():
         text = text.replace(token, "***")
+    text = re.sub(r"(//)[^/\s@]+@", r"\1", text)  # who asks: an endpoint may hold a name and a password
     return re.sub(r"\?[^\s'\"]+", "", text)

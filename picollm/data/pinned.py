@@ -130,7 +130,7 @@ def _record(name: str, source: HubSource, listing: hub.Listing, shards: int, fie
 def _local_names(paths: list[str]) -> list[str]:
     """Flat names for files of a repository: their own where they differ, else numbers."""
     names = [path.rpartition("/")[2] for path in paths]
-    if len(set(names)) == len(names) and all(map(NAME_PATTERN.match, names)):
+    if len({name.lower() for name in names}) == len(names) and all(map(NAME_PATTERN.match, names)):
         return names
     return [f"{number:06d}.parquet" for number in range(len(paths))]
 

@@ -41,7 +41,7 @@ def blockers(arch: Architecture, *, digits: int = 1) -> dict[str, list[str]]:
             or into threes, and knows no pairs.
     """
     stock = blocking_features(arch)
-    pairs = [f"tokens of two digits (`tokenizer.digits` {digits})"] if digits == 2 else []
+    pairs = [f"tokens of {digits} digits (`tokenizer.digits`)"] if digits == 2 else []
     return {GGUF: [*stock, *pairs], TRANSFORMERS: stock, REMOTE_CODE: []}
 
 

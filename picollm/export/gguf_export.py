@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def export_gguf(
     if not quant.direct:
         gguf.find_program(quant)
     parity.claim(out, force=request.force)
+    _refuse_foreign_modelfile(out)
     checkpoint = folding.open_checkpoint(request.stage)
     tokenizer = folding.open_tokenizer(checkpoint)
     refuse_blocked(checkpoint, digits=tokenizer.digits)
@@ -131,6 +133,17 @@ def export_gguf(
         modelfile_path(out), modelfile(out.name, is_chat=provenance.is_chat, context=arch.max_position_embeddings)
     )
     return report
+
+
+def _refuse_foreign_modelfile(out: Path) -> None:
+    """Raises ConfigError: a file that somebody else wrote has the name of what comes beside the export."""
+    path = modelfile_path(out)
+    if os.path.lexists(path) and not parity.report_path(out).is_file():
+        raise ConfigError(
+            f"`{path}` exists",
+            cause="and no export of picollm wrote it; an export writes a file of that name for Ollama",
+            hint="remove it yourself, or choose another place with `--out`",
+        )
 
 
 def modelfile_path(out: Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from picollm.errors import ConfigError, HostError, IntegrityError, WorkerError
+from picollm.errors import ConfigError, HostError, IntegrityError, WorkerError, first_line
 
 PACKAGE = "xllamacpp"
 INSTALL = "install it with `python -m pip install xllamacpp` (a wheel of 34 MB, no compiler)"
@@ -56,11 +56,30 @@ class Runtime:
     """
 
     def __init__(self, path: Path | str, *, context: int, threads: int | None = None, exact: bool = False) -> None:
-        require()
-        import xllamacpp
+        found = require()
+        try:
+            import xllamacpp
 
+            params = self._params(xllamacpp, str(path), context, threads, exact)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise HostError(
+                f"xllamacpp {found} cannot be used here",
+                cause=first_line(error),
+                hint="get another with `python -m pip install --upgrade xllamacpp`",
+            ) from error
+        try:
+            self._server = xllamacpp.Server(params)
+        except Exception as error:  # the package raises bare Exception
+            raise IntegrityError(f"llama.cpp cannot load `{path}`", cause=str(error), hint="export it again") from error
+        self.context = context
+        host, _, port = str(self._server.listening_address).rpartition("/")[2].rpartition(":")
+        self._address = (host, int(port))
+        self._whole = self.tokenize("a")[0]
+
+    @staticmethod
+    def _params(xllamacpp: Any, path: str, context: int, threads: int | None, exact: bool) -> Any:
         params = xllamacpp.CommonParams()
-        params.model.path = str(path)
+        params.model.path = path
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
         params.n_predict = context
         params.warmup, params.verbosity = False, -1
@@ -75,14 +94,7 @@ class Runtime:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.n_batch = params.n_ubatch = 128
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        try:
-            self._server = xllamacpp.Server(params)
-        except Exception as error:  # the package raises bare Exception
-            raise IntegrityError(f"llama.cpp cannot load `{path}`", cause=str(error), hint="export it again") from error
-        self.context = context
-        host, _, port = str(self._server.listening_address).rpartition("/")[2].rpartition(":")
-        self._address = (host, int(port))
-        self._whole = self.tokenize("a")[0]
+        return params
 
     # -- text and tokens ----------------------------------------------------------------------------------------------
 

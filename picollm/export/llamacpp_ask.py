@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from picollm.errors import PicollmError
+from picollm.errors import HostError, PicollmError
 from picollm.export.llamacpp import Runtime
 from picollm.export.strings import STRINGS
 
@@ -69,10 +69,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why there is no answer; `killed` when the process was ended by a signal."""
+    """Why there is no answer.
+
+    Attributes:
+        killed: the process was ended by a signal.
+        unusable: the runtime itself does not work here, whatever the file is.
+    """
 
     text: str
-    killed: bool
+    killed: bool = False
+    unusable: bool = False
 
 
 def ask(question: Question) -> Answer | Trouble:
@@ -90,7 +96,8 @@ def ask(question: Question) -> Answer | Trouble:
         said = f": {lines[-1]}" if lines else ""
         if done.returncode < 0:
             return Trouble(f"its process was ended by signal {-done.returncode}{said}", killed=True)
-        return Trouble(lines[-1] if lines else f"exit code {done.returncode}", killed=False)
+        last = lines[-1] if lines else f"exit code {done.returncode}"
+        return Trouble(last, unusable=done.returncode == HostError.exit_code)
 
 
 def _answer(question: Question) -> Answer:
@@ -121,13 +128,13 @@ def _answer(question: Question) -> Answer:
 
 
 def main(name: str) -> int:
-    """Answer the question in a folder; 1 with a line on stderr when llama.cpp cannot."""
+    """Answer the question in a folder; the error's exit code, with a line on stderr, when llama.cpp cannot."""
     folder = Path(name)
     try:
         answer = _answer(Question(**json.loads((folder / _QUESTION).read_text())))
     except PicollmError as error:
         print(f"{error.message}: {error.cause}", file=sys.stderr)
-        return 1
+        return error.exit_code
     values: dict[str, Any] = dict(vars(answer))
     np.save(folder / _LOG_PROBS, values.pop("log_probs"))
     (folder / _ANSWER).write_text(json.dumps(values))

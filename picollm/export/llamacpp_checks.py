@@ -58,12 +58,14 @@ def checks(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, quant: Quan
     """The rows of the table that need the runtime; all of them `not run` without one."""
     found = version()
     if found is None:
-        return _not_run(f"no llama.cpp here: {INSTALL}")
+        return _not_run(f"llama.cpp is not installed; {INSTALL} and export again with `--force`")
     question, source = _question(path, checkpoint, tokenizer)
     answer = ask(question)
     if isinstance(answer, Trouble):
         if answer.killed and not quant.is_float and _has_amx():
             return _not_run("broken AMX: this CPU promises instructions that end llama.cpp's process")
+        if answer.unusable:
+            return _not_run(answer.text)
         return [Check("llama.cpp loads it", answer.text, "yes", False, f"xllamacpp {found}")]
     # One row more of our model for each reply: greedy is its most likely token each time.
     native = native_logits(checkpoint, [*question.rows, *_padded(answer)])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from picollm import __version__
 from picollm.errors import ConfigError, IntegrityError
-from picollm.files import SCHEMA, disk_errors, fsync_path, write_json
+from picollm.files import SCHEMA, disk_errors, fsync_path, read_json, write_json
 
 REPORT = "export.json"
 FAILED = ".failed"
@@ -136,7 +136,7 @@ def claim(target: Path, *, force: bool) -> None:
         return
     if target.is_dir() and not any(target.iterdir()):
         return
-    ours = report_path(target).is_file()
+    ours = _is_report(report_path(target))
     if force and ours:
         return
     raise ConfigError(
@@ -146,6 +146,15 @@ def claim(target: Path, *, force: bool) -> None:
         if ours
         else "remove it yourself, or choose another place with `--out`",
     )
+
+
+def _is_report(path: Path) -> bool:
+    """Whether `finish` wrote it: other programs call files so too."""
+    try:
+        found = read_json(path)
+    except (OSError, IntegrityError):
+        return False
+    return isinstance(found, dict) and "picollm" in found and "checks" in found
 
 
 def report_path(target: Path) -> Path:

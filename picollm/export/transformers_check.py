@@ -28,7 +28,7 @@ from picollm.tokenizer.tokenizer import Tokenizer
 from picollm.train.checkpoint_tensors import open_tensors
 
 LEAST_VERSION = 5  # the checks were written against its interface
-INSTALL = 'install it with `pip install "transformers>=5"` and export again to run this check'
+INSTALL = 'install it with `python -m pip install "transformers>=5"` and export again with `--force`'
 # Bounds by type: logits, KL in nats per token, argmax agreement. The reduced types compute in themselves too, as they
 # do for whoever loads the folder.
 BOUNDS: dict[str, dict[str, float]] = {

@@ -39,6 +39,8 @@ def mix(datasets: list[Dataset], recipe: TrainRecipe, split: str) -> list[Conver
         wanted = max(1, round(total * weight))
         whole, rest = divmod(wanted, len(part))
         mixed += part * whole + random.Random(f"{recipe.seed}/{source.dataset}").sample(part, rest)
+    # Source after source would stay together: of a large dataset only blocks of neighbours are permuted.
+    random.Random(f"{recipe.seed}/mix").shuffle(mixed)
     return mixed
 
 

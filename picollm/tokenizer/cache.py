@@ -25,7 +25,7 @@ import numpy as np
 from picollm.data.datasets import Dataset
 from picollm.data.pool import in_processes
 from picollm.data.token_source import CachedTokens
-from picollm.errors import IntegrityError
+from picollm.errors import HostError, IntegrityError
 from picollm.files import SCHEMA, disk_errors, fsync_path, read_json, sha256_file, write_json
 from picollm.locks import hold_lock
 from picollm.tokenizer.tokenizer import Tokenizer
@@ -84,16 +84,16 @@ def open_cache(base: Path, dataset: Dataset, tokenizer: Tokenizer, *, verify: bo
         index = _read_index(folder, dataset, tokenizer)
         if verify and not _is_intact(folder, index):
             return None
-        os.utime(folder / INDEX)  # the one used longest ago goes first when room is short
+        with contextlib.suppress(OSError):  # somebody else's cache is as good
+            os.utime(folder / INDEX)  # the one used longest ago goes first when room is short
         return CachedTokens([_open_part(folder, part["name"], index["dtype"]) for part in index["parts"]])
     except (OSError, IntegrityError, KeyError, TypeError, ValueError):
         return None
 
 
 def _is_intact(folder: Path, index: dict[str, Any]) -> bool:
-    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-        sums = threads.map(lambda part: _hash_part(folder, part["name"]), index["parts"])
-        return all(part["sha256"] == found for part, found in zip(index["parts"], sums, strict=True))
+    sums = _hash_parts(folder, [part["name"] for part in index["parts"]])
+    return all(part["sha256"] == found for part, found in zip(index["parts"], sums, strict=True))
 
 
 def build(
@@ -118,7 +118,7 @@ def build(
         HostError: the disk is full.
     """
     folder = cache_dir(base, dataset, tokenizer)
-    with hold_lock(folder.with_name(f".{folder.name}.lock"), f"the token cache of `{dataset.name}`", wait_s=60):
+    with hold_lock(_lock_of(folder), f"the token cache of `{dataset.name}`", wait_s=60):
         if (found := open_cache(base, dataset, tokenizer)) is not None:
             return found
         if (folder / INDEX).exists():  # finished, and yet not readable as recorded
@@ -126,18 +126,19 @@ def build(
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _make_room(folder, expected_bytes(dataset), limit_bytes, keep)
+            _check_disk(folder, expected_bytes(dataset))
         documents = dataset.rows("train")
         rows = max(1, PART_CHARS * documents // max(1, dataset.chars("train")))
         tasks = [(f"part-{i:05d}", i * rows, min((i + 1) * rows, documents)) for i in range(-(-documents // rows))]
         _run(folder, dataset, base, tokenizer, tasks, processes, on_progress)
         parts = []
-        for name, start, end in tasks:
+        sums = _hash_parts(folder, [name for name, _, _ in tasks])
+        for (name, start, end), digest in zip(tasks, sums, strict=True):
             tokens, offsets = _open_part(folder, name, _dtype(tokenizer).name)
             if len(offsets) != end - start + 1:
                 raise IntegrityError(
                     f"`{folder / name}` of the token cache is damaged", hint=f"remove `{folder}`; it is made again"
                 )
-            digest = _hash_part(folder, name)
             parts.append({"name": name, "documents": end - start, "tokens": len(tokens), "sha256": digest})
         write_json(
             folder / INDEX,
@@ -149,7 +150,7 @@ def build(
                 "parts": parts,
             },
         )
-    made = open_cache(base, dataset, tokenizer)
+    made = open_cache(base, dataset, tokenizer, verify=False)  # its hashes are of what was read just now
     if made is None:
         raise IntegrityError(f"the token cache `{folder}` does not read back as written", hint="check the disk")
     return made
@@ -175,13 +176,34 @@ def _hash_part(folder: Path, name: str) -> str:
     return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
 
 
+def _hash_parts(folder: Path, names: list[str]) -> list[str]:
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        return list(threads.map(lambda name: _hash_part(folder, name), names))
+
+
 def _open_part(folder: Path, name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r", allow_pickle=False)
-    path = folder / f"{name}.tokens"
-    # An empty file cannot be mapped.
-    tokens = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
-    # As plain arrays: a slice of a memmap costs several times as much.
-    return tokens.view(np.ndarray), offsets.view(np.ndarray)
+    path = folder / f"{name}.offsets.npy"
+    with open(path, "rb") as file:
+        if (version := np.lib.format.read_magic(file)) != (1, 0):
+            raise ValueError(f"its array format is {version}")
+        shape, _, kind = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+    offsets = _mapped(path, kind, start)
+    if offsets.shape != shape:
+        raise ValueError("offsets are missing")
+    return _mapped(folder / f"{name}.tokens", np.dtype(dtype), 0), offsets
+
+
+def _mapped(path: Path, dtype: np.dtype, start: int) -> np.ndarray:
+    """A file's values from a byte on, mapped.
+
+    Not by `np.memmap`, which keeps a file open for as long as it is mapped: a large dataset has thousands of parts, and
+    a process may often have 1 024 files open.
+    """
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        return np.frombuffer(file.read_buffer(), dtype=dtype, offset=start)
 
 
 def _make_room(folder: Path, needed: float, limit: float, keep: Collection[Path]) -> None:
@@ -198,8 +220,24 @@ def _make_room(folder: Path, needed: float, limit: float, keep: Collection[Path]
             return
         if other in keep:
             continue
-        shutil.rmtree(other, ignore_errors=True)
-        total -= size
+        with contextlib.suppress(HostError), hold_lock(_lock_of(other), "a token cache"):  # not one that is being made
+            shutil.rmtree(other, ignore_errors=True)
+            total -= size
+
+
+def _check_disk(folder: Path, expected: float) -> None:
+    """Raises HostError: what is still to be written does not fit. Said now, not after an hour of tokenising."""
+    needed = expected - sum(file.stat().st_size for file in folder.iterdir())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise HostError(
+            f"there is no room for the token cache `{folder}`",
+            cause=f"about {needed / 2**30:.1f} GiB are to come, {free / 2**30:.1f} GiB are free",
+            hint="free some, or tokenise while training: `--set data.cache_gib=0`",
+        )
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 # -- tokenising -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -105,8 +106,8 @@ def gguf(
         out.note("for an older one: `--arch qwen3`, with half as many weights again in the MLP")
     run_ = f"--run {found.name}"
     out.hint(
-        f"talk to it with `picollm chat {run_} --engine {'llamacpp' if file is None else target}`; "
-        f"for Ollama: `ollama create {found.name} -f {modelfile_path(target)}`"
+        f"talk to it with `picollm chat {run_} --engine {'llamacpp' if file is None else shlex.quote(str(target))}`; "
+        f"for Ollama: `ollama create {found.name} -f {shlex.quote(str(modelfile_path(target)))}`"
     )
     out.result({"path": str(target), "modelfile": str(modelfile_path(target)), **report})
 
@@ -278,7 +279,7 @@ def _may_replace(out: Output, target: Path) -> bool:
 
 
 def _table(out: Output, phases: _Phases, checks: list[Check]) -> None:
-    """The table of checks, on stdout, when the last phase has ended."""
+    """The table of checks, on stdout, when the last phase has ended; why rows were not run stands once, below it."""
     phases.close()
     from rich.table import Table
     from rich.text import Text
@@ -291,5 +292,8 @@ def _table(out: Output, phases: _Phases, checks: list[Check]) -> None:
         value = (
             f"{check.value:g}" if isinstance(check.value, float) else "" if check.value is None else str(check.value)
         )
-        table.add_row(check.name, Text(check.result, styles[check.result]), value, check.bound, Text(check.note))
+        note = "" if check.passed is None else check.note
+        table.add_row(check.name, Text(check.result, styles[check.result]), value, check.bound, Text(note))
     out.table(table)
+    for reason in dict.fromkeys(check.note for check in checks if check.passed is None):
+        out.print(f"not run: {reason}")

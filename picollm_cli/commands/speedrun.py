@@ -89,6 +89,7 @@ class Job:
         for download in self._downloads.values():
             watch(self.out, download)
         self._downloads.clear()
+        self._at_end.close()  # lets go of the datasets, which another command may want to enlarge meanwhile
 
     def worker(
         self,

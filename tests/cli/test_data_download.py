@@ -13,7 +13,8 @@ import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hub_server import Hub, Status, shard
@@ -21,9 +22,14 @@ from rich.console import Console
 
 from picollm.data.datasets import Dataset
 from picollm.data.download import State
+from picollm.data.pinned import pin
 from picollm.data.registry import REGISTRY, HubSource, Registered
+from picollm.errors import HostError
+from picollm.locks import hold_lock
+from picollm_cli.commands.speedrun import Job
 from picollm_cli.console import Output
 from picollm_cli.downloading import _display, line
+from picollm_cli.launch_line import Launch
 
 if TYPE_CHECKING:
     from conftest import Command
@@ -217,6 +223,20 @@ def test_speedrun_does_not_train_on_a_part(climbmix: Hub, command: Command) -> N
     assert not (run / "pretrain/config.json").exists()
     ended = command("pretrain", "--run", "one")
     assert (ended.code, "finish it with `picollm data download climbmix`" in ended.err) == (4, True)
+
+
+def test_a_dataset_is_free_again_when_it_is_complete(hub: Hub) -> None:
+    """Training takes hours, in which another run may want more shards of the same dataset."""
+    dataset = pin("set", HubSource("org/set"), shards=2)
+    prepared: Any = SimpleNamespace(run=None)
+    with Job(Output(), prepared, Launch(), None) as job:
+        job.working = True
+        job.fetch(dataset)
+        with pytest.raises(HostError, match="in use"), hold_lock(dataset.path / ".lock", "the dataset"):
+            pass
+        job.finish_downloads()
+        with hold_lock(dataset.path / ".lock", "the dataset"):
+            assert not dataset.missing()
 
 
 def test_the_page_about_data(hub: Hub, command: Command) -> None:

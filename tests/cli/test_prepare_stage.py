@@ -10,7 +10,7 @@ from picollm import hardware
 from picollm.config.resolve import resolve
 from picollm.errors import ConfigError
 from picollm.events import read_all
-from picollm.files import write_json
+from picollm.files import sha256_json, write_json
 from picollm.hardware import Gpu, Machine
 from picollm.plan import pretrain_recipe
 from picollm.run_dir import RunDir
@@ -93,3 +93,12 @@ def test_the_plan_of_a_run_that_moved_shows_what_it_keeps(monkeypatch, run):
     assert plan["fp8"] == {"value": True, "reason": stored["fp8_reason"]}
     other = Prepared(RunDir(run.path.parent / "other"), found.preset, found.config, found.sources, new=True)
     assert plan_of(other).to_json()["fp8"]["value"] is False
+
+
+def test_a_finished_stage_keeps_its_config_wherever_it_is_asked_for_again(monkeypatch, run):
+    stage = run.stage("pretrain")
+    recipe = prepare(monkeypatch, run, machine(9, 0))["recipe"]
+    stage.write_record({"recipe": sha256_json(recipe)}, [stage.config_path], {})
+    before = stage.config_path.read_bytes()
+    prepare(monkeypatch, run, machine(8, 9), "train.checkpoint_minutes=3")
+    assert stage.config_path.read_bytes() == before and not run.events_path.exists()

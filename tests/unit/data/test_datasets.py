@@ -50,6 +50,11 @@ def edit_record(dataset: Dataset, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_file(dataset: Dataset, **changes: object) -> None:
+    first, *others = (file.to_json() for file in dataset.files)
+    edit_record(dataset, files=[first | changes, *others])
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -90,6 +95,17 @@ def test_only_a_few_row_groups_stay_decoded(monkeypatch: pytest.MonkeyPatch) -> 
     for row in range(0, 2400, 10):
         assert train[row] == TEXTS[100 + row]
     assert len(train._cache) == documents.CACHED_ROW_GROUPS
+
+
+def test_only_a_few_files_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_writer, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(documents, "OPEN_FILES", 2)
+    dataset = write()
+    assert len(dataset.of("train")) > 10
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    found = dataset.documents("train")
+    assert list(found) == TEXTS[100:] and [found[i] for i in range(2399, -1, -97)] == TEXTS[:99:-97]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
 def test_a_row_group_is_closed_by_size_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +164,12 @@ def test_a_name_cannot_leave_the_folder() -> None:
             r"names a file `\.\./x`",
         ),
         (lambda dataset: (dataset.path / "dataset.json").write_text("[]"), "schema is not 1"),
+        (lambda dataset: edit_record(dataset, source="hub"), "must be objects"),
+        (lambda dataset: edit_file(dataset, bytes="1"), "are no counts"),
+        (lambda dataset: edit_file(dataset, rows=-1), "are no counts"),
+        (lambda dataset: edit_file(dataset, bytes=None), "are no counts"),
+        (lambda dataset: edit_file(dataset, sha256=None), "is no text"),
+        (lambda dataset: edit_file(dataset, name="validation-00000.parquet"), "names a file twice"),
     ],
 )
 def test_a_torn_record_is_an_integrity_error(damage, reason: str) -> None:

@@ -340,6 +340,7 @@ def test_the_token_goes_to_the_hub_alone_and_appears_nowhere(hub: Hub, monkeypat
     from picollm.data.hub_errors import _blotted
 
     assert _blotted(f"said {secret} at http://a/b?X-Amz-Signature=1 twice") == "said *** at http://a/b twice"
+    assert _blotted("no answer of https://me:secret@a.b:8/c") == "no answer of https://a.b:8/c"
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------

@@ -105,6 +105,15 @@ def test_keys_of_a_base_model(make_stage: Made, small: Small) -> None:
     assert "{{ .Prompt }}" in text and f'stop "{BOS}"' in text and ASSISTANT_END not in text
 
 
+def test_a_modelfile_of_the_user_is_kept(stage: StageDir) -> None:
+    asked = request(stage)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    modelfile_path(asked.out).write_text("FROM mine")
+    with pytest.raises(ConfigError, match=r"Modelfile` exists"):
+        export_gguf(asked)
+    assert modelfile_path(asked.out).read_text() == "FROM mine" and not asked.out.exists()
+
+
 def test_rows_that_fit_no_block_stay_f16(make_stage: Made, small: Small) -> None:
     asked = request(make_stage(randomise(GPT(small(hidden_size=80)))), "Q8_0")
     report = export_gguf(asked)

@@ -131,6 +131,18 @@ def test_a_runtime_that_dies_is_told_apart(
     assert "ended by signal 4" in str(refused.value.cause)
 
 
+@needs_runtime
+@pytest.mark.parametrize("content", ["raise ImportError('no libgomp')", "class CommonParams: __slots__ = ('old',)"])
+def test_a_runtime_that_does_not_work_here_is_not_the_fault_of_the_file(
+    make_stage: Made, trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "xllamacpp.py").write_text(content)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    _, report = exported(make_stage(trained("portable")))
+    notes = [row["note"] for row in report["checks"] if row["passed"] is None]
+    assert report["ok"] and len(notes) == 8 and all("cannot be used here" in note for note in notes)
+
+
 def test_without_a_runtime_the_rows_say_how_to_get_one(
     make_stage: Made, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

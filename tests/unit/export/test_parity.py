@@ -154,13 +154,15 @@ def test_an_export_is_replaced_on_request_only(tmp_path: Path, folder: bool) -> 
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link", "folder of another program"])
 def test_what_is_not_an_export_is_never_replaced(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "thesis"
     if kind == "dangling link":
         target.symlink_to(tmp_path / "nowhere")
     else:
-        write(target, folder=kind == "folder", text="years of work")
+        write(target, folder=kind.startswith("folder"), text="years of work")
+    if kind == "folder of another program":
+        report_path(target).write_text('{"export": "settings"}')
     for force in (False, True):
         with pytest.raises(ConfigError, match="exists") as refused:
             claim(target, force=force)

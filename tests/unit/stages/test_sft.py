@@ -62,6 +62,12 @@ def test_the_mixture_is_the_same_for_the_same_seed() -> None:
     assert mixed(sizes, weights) == mixed(sizes, weights) != mixed(sizes, weights, seed=1)
 
 
+def test_sources_do_not_stay_together() -> None:
+    """Of a large dataset the order permutes blocks only, so a batch would see one source."""
+    found = words(mixed({"a": 2000, "b": 2000}, [1.0, 1.0])[:1000])
+    assert 400 < found["a"] < 600
+
+
 def test_one_source_is_taken_as_it_is() -> None:
     assert mixed({"a": 5}, [0.3]) == talks("a", 5)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from picollm.data.dataset_writer import DatasetWriter
 from picollm.data.datasets import Dataset
-from picollm.errors import IntegrityError, Interrupted
+from picollm.errors import HostError, IntegrityError, Interrupted
+from picollm.locks import hold_lock
 from picollm.tokenizer import cache
 from picollm.tokenizer.cache import build, cache_dir, open_cache, wanted
 from picollm.tokenizer.tokenizer import Tokenizer
@@ -119,6 +121,53 @@ def test_room_is_made_by_removing_what_was_used_longest_ago(base: Path, notes: D
     limit = 2 * 1002 + cache.expected_bytes(notes) + 1
     build(base, notes, tokenizer, processes=1, limit_bytes=limit, keep=[others[2]])
     assert [folder.exists() for folder in others] == [True, False, True]
+
+
+def test_a_cache_that_is_being_made_is_not_removed_for_room(base: Path, notes: Dataset, tokenizer: Tokenizer) -> None:
+    other = base / "cache/tokens/other"
+    other.mkdir(parents=True)
+    (other / "part").write_bytes(b"x" * 1000)
+    with hold_lock(cache._lock_of(other), "another run's cache"):
+        build(base, notes, tokenizer, processes=1, limit_bytes=1.0)
+        assert other.exists()
+    cache._make_room(cache_dir(base, notes, tokenizer), 0.0, 1.0, [])
+    assert not other.exists()
+
+
+def test_an_open_cache_holds_no_files_open(
+    base: Path, notes: Dataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large dataset has thousands of parts, and a process often may not open more than 1 024 files."""
+    monkeypatch.setattr(cache, "PART_CHARS", 300)
+    made = make(base, notes, tokenizer)
+    assert len(list(cache_dir(base, notes, tokenizer).glob("*.tokens"))) > 5
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    found = open_cache(base, notes, tokenizer)
+    assert found is not None and len(list(Path("/proc/self/fd").iterdir())) == before
+    assert read(found) == read(made) == tokenizer.encode_batch(TEXTS)
+
+
+def test_a_cache_of_somebody_else_is_read(
+    base: Path, notes: Dataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = read(make(base, notes, tokenizer))
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(cache.os, "utime", refuse)
+    found = open_cache(base, notes, tokenizer)
+    assert found is not None and read(found) == expected
+
+
+def test_a_full_disk_is_noticed_before_tokenising(
+    base: Path, notes: Dataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(HostError, match="no room") as full:
+        make(base, notes, tokenizer)
+    assert "data.cache_gib=0" in (full.value.hint or "")
+    assert not list(cache_dir(base, notes, tokenizer).glob("part-*"))
 
 
 def test_when_it_is_worth_it(notes: Dataset) -> None:
