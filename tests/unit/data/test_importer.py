@@ -311,10 +311,10 @@ USER, ASSISTANT = {"role": "user", "content": "x"}, {"role": "assistant", "conte
         ("a.jsonl", GOOD + b'{"text": 5}\n', "field `text` of `{path}:2` is not a string", "it is 5"),
         ("a.jsonl", GOOD + b'{"text": null}\n', "field `text` of `{path}:2` is not a string", "it is null"),
         ("a.jsonl.gz", b"not gzip", "cannot unpack `{path}`", "Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 9)[:-9], "cannot unpack `{path}`", "end-of-stream"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 9, mtime=0)[:-9], "cannot unpack `{path}`", "end-of-stream"),
         ("a.jsonl.zst", b"not zstd", "cannot unpack `{path}`", "after 0 bytes of text"),
-        ("a.txt.gz", gzip.compress(b"some text" * 9)[:20], "cannot unpack `{path}`", "end-of-stream"),
-        ("a.csv.gz", gzip.compress(b"text\nfine\n\xe4\n"), "{path}` after line `", "is 0xe4"),
+        ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:20], "cannot unpack `{path}`", "end-of-stream"),
+        ("a.csv.gz", gzip.compress(b"text\nfine\n\xe4\n", mtime=0), "{path}` after line `", "is 0xe4"),
         (
             "a.jsonl",
             json.dumps({"messages": [USER, ASSISTANT]}).encode() + b"\n" + json.dumps({"messages": [USER]}).encode(),
