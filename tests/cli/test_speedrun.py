@@ -195,9 +195,12 @@ def test_values_of_a_started_stage_are_frozen(base: Path, arguments: list[str]) 
     assert tree(base) == before
 
 
-def test_how_it_runs_may_change_and_is_noted(base: Path, arguments: list[str]) -> None:
-    invoke(*arguments)
+def test_how_it_runs_may_change_until_it_has_run_and_is_noted(base: Path, arguments: list[str]) -> None:
+    invoke(*arguments, "--skip", "sft", "--skip", "eval")
     run = RunDir(base / "runs" / "demo")
+    invoke("speedrun", "--run", "demo", "--skip", "sft", "--skip", "eval", "--set", "train.checkpoint_every=5")
+    assert run.stage("pretrain").read_config()["runtime"]["checkpoint_every"] == 10  # nothing ran, nothing is changed
+    run.stage("pretrain").record_path.unlink()
     invoke("speedrun", "--run", "demo", "--set", "train.checkpoint_every=5")
     assert run.stage("pretrain").read_config()["runtime"]["checkpoint_every"] == 5
     notes = [event["text"] for event in read_all(run.events_path) if event["kind"] == "note"]
