@@ -1,4 +1,3 @@
-
 _picollm_completion() {
     local IFS=$'
 '

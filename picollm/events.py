@@ -8,6 +8,7 @@ Kinds and their fields:
     checkpoint   step, path, bytes, dt_s (from the call to the commit)
     phase        text (what takes long before the first step; empty when it is over)
     note         text, level
+    command      command, and what it was run by: code, packages, machine (as `environment.json`; in the run's file)
     stage_end    ok; when it is false, reason (`stopped` or the error's type) and perhaps text
 Only rank 0 writes. After a crash steps repeat: `read_events` drops those that a later attempt overtook.
 """

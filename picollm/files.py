@@ -26,6 +26,16 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def file_stats(folder: Path) -> list[os.stat_result]:
+    """Size and time of every file below a folder; what vanishes meanwhile, as while a run saves there, is left out."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found.append(Path(parent, name).stat())
+    return found
+
+
 def fsync_path(path: Path) -> None:
     """Put a file's bytes, or a folder's list of names, on the disk: a rename alone may not survive a power cut."""
     fd = os.open(path, os.O_RDONLY)

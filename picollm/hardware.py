@@ -70,10 +70,7 @@ def detect() -> Machine:
         # A quota of 1.5 CPUs keeps one thread busy; a second one would be throttled for half of its time.
         logical = max(1, min(logical, math.floor(quota)))
         physical = min(physical, logical)
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    if limit := container_memory():
-        total, available = min(total, limit.limit_bytes), min(available, limit.available_bytes)
+    total, available = host_memory()
     return Machine(
         system=platform.system(),
         cpu_name=cpu.name,
@@ -84,6 +81,16 @@ def detect() -> Machine:
         available_bytes=available,
         gpus=detect_gpus() if torch_drives_gpus() else (),
     )
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of memory that processes here may use, and those of them that are free now; within a container's limit."""
+    import psutil
+
+    memory, limit = psutil.virtual_memory(), container_memory()
+    if limit is None:
+        return memory.total, memory.available
+    return min(memory.total, limit.limit_bytes), min(memory.available, limit.available_bytes)
 
 
 # -- CPU --------------------------------------------------------------------------------------------------------------
@@ -191,10 +198,23 @@ def _visible(nvml: object) -> Iterator[object]:
         entry = entry.strip()
         if entry.isdigit() and int(entry) < count:
             yield nvml.nvmlDeviceGetHandleByIndex(int(entry))
-        elif entry.startswith(("GPU-", "MIG-")):
+        elif entry.startswith("GPU-") and len(named := _named(nvml, count, entry)) == 1:
+            yield named[0]
+        elif entry.startswith("MIG-"):
             yield nvml.nvmlDeviceGetHandleByUUID(entry)
         else:
             return
+
+
+def _named(nvml: object, count: int, start: str) -> list[object]:
+    """Boards whose UUID begins so: CUDA takes as much of one as tells it from the others, NVML only all of it."""
+    found = []
+    for index in range(count):
+        with contextlib.suppress(nvml.NVMLError):  # a board that fell off its bus
+            board = nvml.nvmlDeviceGetHandleByIndex(index)
+            if _text(nvml.nvmlDeviceGetUUID(board)).startswith(start):
+                found.append(board)
+    return found
 
 
 def _read_gpu(nvml: object, index: int, handle: object, driver: str) -> Gpu:

@@ -51,14 +51,24 @@ class Problem:
 def list_files(run: RunDir) -> list[str]:
     """Paths, relative and sorted, of the files a manifest of the run lists."""
     found = []
-    for folder, subfolders, names in os.walk(run.path):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS and not name.endswith(".tmp")]
+    # A part that was moved to another disk and linked is still of the run.
+    for folder, subfolders, names in os.walk(run.path, followlinks=True):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in _SKIPPED_FOLDERS and not name.endswith(".tmp") and not _leads_back(folder, name)
+        ]
         for name in names:
             path = Path(folder, name)
             if name in _TRANSIENT_FILES or name.endswith(".tmp") or path == run.manifest_path:
                 continue
             found.append(path.relative_to(run.path).as_posix())
     return sorted(found)
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether a subfolder is a link to the folder itself or one above it, which would never end."""
+    return Path(folder).resolve().is_relative_to(Path(folder, name).resolve())
 
 
 def stage_of(path: str) -> str:
@@ -86,7 +96,8 @@ def write_manifest(run: RunDir, *, on_progress: Progress | None = None) -> dict[
     from picollm import __version__
 
     paths = list_files(run)
-    records = {stage: run.stage(stage).record() for stage in {stage_of(path) for path in paths} - {"run", "report"}}
+    stages = sorted({stage_of(path) for path in paths} - {"run", "report"})
+    records = {stage: run.stage(stage).record() for stage in stages}
     files = []
     for path, size, sha256 in _hash_all(run, paths, on_progress):
         record = records.get(stage_of(path))

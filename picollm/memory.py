@@ -18,6 +18,8 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 BASE_BYTES = {"cpu": 450 * 2**20, "cuda": 700 * 2**20}
 # What allocators hold beyond live tensors: freed blocks that nothing fits into. Workers on CPUs keep all of them.
 ALLOCATOR_FACTOR = {"cpu": 1.25, "cuda": 1.05}
+# Share of a machine's own memory that its GPUs' ranks may take for copies of what they save: it cannot be swapped out.
+COPIES_SHARE = 0.5
 # As in `model/loss.py`, `model/attention.py` and `optim/buckets.py`; a test compares.
 LOGITS_PER_CHUNK = 1 << 22
 GPU_MEMORY_SHARE = 32
@@ -62,6 +64,29 @@ def optimizer_bytes(params: Params, ranks: int = 1, largest_matrix: int = 1) -> 
     return 4 * matrices + 8 * (-(-tables // ranks) + params.scalars)
 
 
+def _largest_matrix(arch: Architecture) -> int:
+    return arch.hidden_size * max(arch.intermediate_size, arch.num_attention_heads * arch.head_dim)
+
+
+def copies_bytes(arch: Architecture, dtype: str, *, ranks: int = 1, ranks_per_node: int = 1) -> int:
+    """Memory of the host that GPUs' ranks take to save beside training: copies of the weights and of their states.
+
+    Of the machine with rank 0, which alone copies weights. Up to half a GiB a rank comes on top: what torch pins is
+    rounded up to a power of two.
+
+    Args:
+        ranks_per_node: those on one machine.
+    """
+    params, master = num_params(arch), max(4, ITEMSIZE[dtype])
+    state = optimizer_bytes(params, ranks, _largest_matrix(arch))
+    return master * params.total + ranks_per_node * state * master // 4
+
+
+def copies_fit(needed: int, memory_bytes: int) -> bool:
+    """Whether a machine with so much memory has room for `copies_bytes`; without it training waits for saves."""
+    return needed <= COPIES_SHARE * memory_bytes
+
+
 def training_memory(
     arch: Architecture,
     dtype: str,
@@ -101,7 +126,7 @@ def training_memory(
         kept = [size * (arch.hidden_size + kv * (i in arch.value_embedding_layers)) for i in range(len(kept))]
     # The embedding in float32 and normed, what the head reads and its gradient, x0 and the middle of the stream.
     ends = size * arch.hidden_size * (3 + arch.x0_scalars + arch.backout + 2 * arch.smear)
-    largest = arch.hidden_size * max(arch.intermediate_size, arch.num_attention_heads * arch.head_dim)
+    largest = _largest_matrix(arch)
     copies = 0 if fp8 or size == master else size * params.matrices
     if checkpointing:  # casts are made again with the block
         copies //= arch.num_hidden_layers

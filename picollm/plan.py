@@ -16,6 +16,7 @@ from picollm.config.recipe import ComputeDtype, TrainRecipe
 from picollm.config.schema import RunConfig
 from picollm.export.features import Export, exports
 from picollm.hardware import Machine
+from picollm.memory import copies_bytes
 from picollm.rates import Horizon, pretrain_horizon
 from picollm.recipes import (
     check_fp8,
@@ -81,7 +82,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is and what it will take. Memory is the peak of one training process; time is on this machine."""
+    """What a run is and what it will take. Memory is the peak of one training process; time is on this machine.
+
+    Attributes:
+        copies_bytes: of the machine's own memory, where GPUs train: copies of what is saved beside training.
+    """
 
     recipe: TrainRecipe
     params: Params
@@ -95,6 +100,7 @@ class Plan:
     attention: str
     attention_reason: str
     fit: Fit
+    copies_bytes: int
     disk_bytes: int
     download_bytes: int
     money_usd: float | None
@@ -127,6 +133,7 @@ class Plan:
         recipe, fitted = self.recipe, self.fit
         return {
             "memory_gib": round(self.memory_bytes / 2**30, 2),
+            "copies_gib": round(self.copies_bytes / 2**30, 2),
             "time_s": round(self.time_s, 1),
             "disk_gib": round(self.disk_bytes / 2**30, 3),
             "download_gib": round(self.download_bytes / 2**30, 3),
@@ -233,6 +240,7 @@ def make_plan(
         attention=str(attention),
         attention_reason=attention.reason,
         fit=fitted,
+        copies_bytes=copies_bytes(arch, recipe.dtype, ranks=ranks, ranks_per_node=here) if machine.gpus else 0,
         disk_bytes=estimate.disk(params, config.train.keep_last) + missing,
         download_bytes=download,
         money_usd=None if hourly is None else hours * hourly,

@@ -334,6 +334,17 @@ class RunDir:
                 found |= {source["sha256"] for source in stage.read_config()["recipe"].get("data", [])}
         return found
 
+    def kept_dataset_record(self, name: str, sha256: str) -> Path:
+        """Where the run keeps the record (`dataset.json`) of a dataset that a stage of it was made from."""
+        return self.path / "datasets" / f"{name}-{sha256[:12]}.json"
+
+    def find_dataset_record(self, name: str, sha256: str) -> Path | None:
+        """The record of that hash: the run's own copy, else that of the base directory; None where there is none."""
+        folder = datasets_dir(self.base) / name
+        # Of a download with more shards by now, the record of fewer stays in `older`.
+        places = (self.kept_dataset_record(name, sha256), folder / "dataset.json", *sorted(folder.glob("older/*.json")))
+        return next((path for path in places if path.is_file() and sha256_file(path) == sha256), None)
+
     def latest_trained_stage(self) -> StageDir:
         """The furthest training stage that has finished: what `chat` and `eval` use unless told.
 

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from picollm.errors import (
     ConfigError,
@@ -30,6 +30,9 @@ from picollm.errors import (
 from picollm.events import EventWriter, attempts
 from picollm.locks import hold_lock
 from picollm.run_dir import StageDir
+
+if TYPE_CHECKING:
+    import psutil
 
 LOOK_EVERY_S = 1.0
 # A rank without a parent whose peers do not answer cannot agree with them to stop; the next command waits 60 s for it.
@@ -105,6 +108,16 @@ class Worker:
             self.event("stage_start", attempt=attempt, resumed_from=resumed_from, total_steps=total_steps)
 
 
+def start_of(process: psutil.Process) -> float:
+    """When a process began, in seconds that stay the same when somebody sets the clock.
+
+    On Linux the system counts from boot, and psutil adds the time of boot as the clock of now has it.
+    """
+    import psutil
+
+    return process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)
+
+
 def launcher_lives(stage: StageDir) -> bool:
     """False when the command that started the stage is gone; True when it lives or when there was none."""
     import psutil
@@ -113,7 +126,7 @@ def launcher_lives(stage: StageDir) -> bool:
         pid, started, *host = stage.launcher_path.read_text().split()
         if host and host != [socket.gethostname()]:
             return True  # on another machine, where torchrun put rank 0's node second; our own parent tells enough
-        return abs(psutil.Process(int(pid)).create_time() - float(started)) < 1.0
+        return abs(start_of(psutil.Process(int(pid))) - float(started)) < 1.0
     except FileNotFoundError:
         return True
     except ValueError:
@@ -243,14 +256,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
 
 
-# CPU allocator on Linux and elsewhere, C++, oneDNN, cuBLAS, the CUDA runtime.
+# CPU allocator on Linux and elsewhere, C++, oneDNN; cuBLAS, cuDNN; the CUDA driver; its runtime, as torch, Triton and
+# NCCL quote it.
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "bad_alloc",
     "could not create a memory",
     "ALLOC_FAILED",
-    "CUDA error: out of memory",
+    "ALLOCATION_FAILED",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "out of memory",
 )
 
 
@@ -265,6 +281,9 @@ def as_known(error: BaseException) -> PicollmError:
             hint="lower `--set train.device_batch_size=…`; the batch in tokens stays the same",
         )
     if type(error).__name__ == "DistBackendError" or "closed by peer" in str(error):
+        reason = str(error).partition("Last error:")[2].strip().partition("\n")[0]  # NCCL's, behind torch's own lines
+        if reason and "peer" not in reason and "remote" not in reason:
+            return PicollmError(f"NCCL failed: {reason}", cause=first_line(error))
         # Not the culprit, who was killed without a word or is about to report.
-        return PicollmError("another process of the stage is gone", cause=first_line(error))
+        return PicollmError("another process of the stage is gone", cause=reason or first_line(error))
     return PicollmError(f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ LONG_RUN_S = 24 * 3600
 
 
 def check_dataset(at: Inspection) -> Check:
-    from picollm.data.datasets import TOY_WORLD_CHAT
+    from picollm.data.registry import TOY_WORLD_CHAT
 
     kinds = {name: "text" for name, _ in at.config.data.sources}
     kinds |= {part.dataset: "conversations" for part in at.config.sft.mix} or {TOY_WORLD_CHAT: "conversations"}

@@ -10,7 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +34,27 @@ PLAIN_LINE_EVERY_S = 5.0
 PIPE_WIDTH = 1000
 
 
+def ready_streams() -> None:
+    """Make stdout and stderr able to take any text: what their encoding lacks is escaped, and a closed one swallows.
+
+    Names of files may hold bytes that are no text, and `LC_ALL=C` may mean ASCII. A closed stdin is an empty one.
+    """
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write_json_line(value: dict[str, Any]) -> None:
+    """One JSON object in a line on stdout, with escapes for what its encoding lacks."""
+    text = json.dumps(value, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() not in ("utf-8", "utf8"))
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 class Output:
     """One command's voice.
 
@@ -47,6 +69,11 @@ class Output:
             # A file or a pipe has no edge: one row of a table stays one line.
             self.stdout.width = PIPE_WIDTH
         self.stderr = Console(theme=THEME, soft_wrap=True, highlight=False, stderr=True)
+
+    @property
+    def redraws(self) -> bool:
+        """Whether a line on stderr can be drawn again: on a terminal that has more than `TERM=dumb`."""
+        return self.stderr.is_terminal and not self.stderr.is_dumb_terminal
 
     def print(self, renderable: Any = "", *, style: str | None = None) -> None:
         """Data for a human, on stdout. Strings are printed as they are, without markup."""
@@ -88,8 +115,7 @@ class Output:
     def result(self, value: dict[str, Any]) -> None:
         """The result object: one line of JSON, the last on stdout, under `--json` only."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            write_json_line(value)
 
     def error(self, error: PicollmError) -> None:
         """An error in its three parts, on stderr; under `--json` also as the result object."""
@@ -99,7 +125,8 @@ class Output:
             self.stderr.print(f"  cause: {error.cause}", markup=False)
         if error.hint:
             self.hint(error.hint)
-        self.result({"error": error.to_dict()})
+        with suppress(OSError):  # stdout may be what the error is about
+            self.result({"error": error.to_dict()})
 
     def confirm(self, question: str, *, yes: bool) -> bool:
         """Ask on stderr; `--yes` answers; without a terminal nobody can.
@@ -123,7 +150,7 @@ class Output:
         Yields:
             `update(done, total)`: absolute values, in `unit`.
         """
-        if self.stderr.is_terminal:
+        if self.redraws:
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,

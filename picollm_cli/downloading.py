@@ -68,7 +68,7 @@ def pin_for_run(name: str, tokens: int) -> Dataset:
 
 @contextmanager
 def _display(out: Output, name: str) -> Iterator[Callable[[State], None]]:
-    if not out.stderr.is_terminal:
+    if not out.redraws:
         last = time.monotonic()
 
         def plain(state: State) -> None:

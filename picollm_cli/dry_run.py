@@ -15,6 +15,7 @@ from picollm_cli.launch_line import Launch, launch_commands
 from picollm_cli.prepare import Prepared, plan_of
 
 if TYPE_CHECKING:
+    from picollm.config.schema import RunConfig
     from picollm.plan import Plan
 
 
@@ -53,7 +54,7 @@ def show_plan(out: Output, prepared: Prepared, launch: Launch, stage: str = "pre
         stages[part.name] = f"{duration(round(part.time_s)):>12}{work}"
     exports = {name: f"{'yes' if e.possible else 'no'} ({e.reason})" for name, e in plan.exports.items()}
     for title, table in (
-        ("Config", _config_table(dict(flatten(config)), prepared.sources)),
+        ("Config", _config_table(dict(flatten(config)), prepared.sources | _overridden(prepared.config))),
         ("Estimate", _two_columns(_estimate(plan))),
         ("Stages", _two_columns(stages)),
         ("Exports", _two_columns(exports)),
@@ -89,6 +90,8 @@ def _estimate(plan: Plan) -> dict[str, str]:
     }
     if batch.activation_checkpointing:
         rows["step"] += "; blocks are computed twice, which takes a third longer"
+    if plan.copies_bytes:
+        rows["memory"] += f"; {size(plan.copies_bytes)} of the machine's own to save beside training"
     return rows
 
 
@@ -119,6 +122,11 @@ def _two_columns(rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(f"  {name}", Text(value))
     return table
+
+
+def _overridden(config: RunConfig) -> dict[str, str]:
+    """Keys that decide nothing in this run, and what does."""
+    return {"data.dataset": "not used: data.mix"} if config.data.mix else {}
 
 
 def _config_table(values: dict[str, Any], sources: dict[str, str]) -> Table:

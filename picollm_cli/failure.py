@@ -119,9 +119,16 @@ def end_of(exit_code: int) -> str:
     return f"exit code {exit_code}" if exit_code >= 0 else _signal_text(-exit_code)
 
 
+# What a signal that killed a worker means, where that says what to look at.
+_WHEN = {
+    "SIGKILL": ", which the system sends when memory runs out",
+    "SIGBUS": ", which the system sends when a mapped file (tokens, weights) is cut or its disk fails",
+}
+
+
 def _signal_text(number: int) -> str:
     name = signal.Signals(number).name
-    return f"killed by {name}" + (", which the system sends when memory runs out" if name == "SIGKILL" else "")
+    return f"killed by {name}" + _WHEN.get(name, "")
 
 
 def _rank_killed(log: Path) -> tuple[str, str] | None:

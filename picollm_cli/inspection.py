@@ -85,8 +85,8 @@ class Inspection:
 
     def dataset(self, name: str) -> Dataset | None:
         """A dataset by name; None for one that the run makes or fetches and that is not there, or not all of it."""
-        from picollm.data.datasets import TOY_NAMES, Dataset
-        from picollm.data.registry import REGISTRY
+        from picollm.data.datasets import Dataset
+        from picollm.data.registry import REGISTRY, TOY_NAMES
         from picollm.errors import MissingArtifact
 
         try:

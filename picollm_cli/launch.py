@@ -19,6 +19,7 @@ from picollm.files import disk_errors, sha256_json
 from picollm.locks import hold_lock
 from picollm.run_dir import StageDir
 from picollm_cli.console import Output
+from picollm_cli.environment import record_command
 from picollm_cli.failure import explain, read_report, saved_step
 from picollm_cli.launch_line import Launch, attempt_id, launch_command
 from picollm_cli.live import StageView
@@ -67,6 +68,7 @@ def run_stage(
     if (record := stage.record()) and stage.is_done(inputs):
         return record
     _wait_for_lock(out, stage)
+    record_command(stage.run, stage.name)
     while True:
         rows = _device_batch(stage)
         attempt = Attempt(out, stage, module, launch, board, title)
@@ -243,7 +245,7 @@ class Attempt:
     def _interrupted(self) -> Interrupted:
         step = saved_step(self.stage)
         if self.signals > 1:
-            kept = f"its last checkpoint is that of step {step}" if step else "it has no checkpoint yet"
+            kept = f"its last checkpoint is that of step {step}" if step else "nothing of it is saved yet"
             return Interrupted(f"{self.title} was killed", cause=kept, hint=AGAIN)
         kept = f", state saved at step {step}" if step else ""
         return Interrupted(f"{self.title} stopped{kept}", hint=AGAIN)
@@ -256,8 +258,10 @@ def _write_launcher(stage: StageDir) -> None:
     """Say who waits for the worker: it stops by itself when this process is gone."""
     import psutil
 
+    from picollm.worker import start_of
+
     with disk_errors(stage.launcher_path):
-        stage.launcher_path.write_text(f"{os.getpid()} {psutil.Process().create_time()} {socket.gethostname()}\n")
+        stage.launcher_path.write_text(f"{os.getpid()} {start_of(psutil.Process())} {socket.gethostname()}\n")
 
 
 def _wait_for_lock(out: Output, stage: StageDir) -> None:

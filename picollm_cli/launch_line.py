@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from picollm.errors import ConfigError, did_you_mean
+from picollm.errors import ConfigError, HostError, did_you_mean
 from picollm.run_dir import StageDir
 
 # How often torchrun starts all ranks again, from the last checkpoint, after one of them died.
@@ -141,3 +141,38 @@ def launch_commands(stage: StageDir, module: str, launch: Launch, *, has_gpu: bo
     """`launch_command` for every node, node 0 first."""
     nodes = [replace(launch, node_rank=rank) for rank in range(launch.nnodes)]
     return [launch_command(stage, module, node, has_gpu=has_gpu) for node in nodes]
+
+
+def check_launch(launch: Launch) -> None:
+    """Refuse what torch would refuse minutes later, on every node for itself.
+
+    Raises:
+        ConfigError: more processes on this machine than GPUs.
+        HostError: several GPUs, and torch cannot make them talk to each other; or nodes, and node 0 has no address.
+    """
+    import socket
+
+    from picollm.hardware import detect
+    from picollm.runtimes import check_ranks
+
+    machine = detect()
+    check_ranks(machine, launch.nproc)
+    if machine.gpus and launch.ranks > 1:
+        from picollm.torch_facts import torch_facts
+
+        facts = torch_facts(machine)
+        if not facts["distributed"]["nccl"]:
+            raise HostError(
+                f"{launch.ranks} processes on GPUs need NCCL",
+                cause=f"torch {facts['torch']} was built without it",
+                hint="install a CUDA build of torch (https://pytorch.org/get-started), or train with one process",
+            )
+    if launch.nnodes > 1:
+        try:
+            socket.getaddrinfo(launch.lead_host, None)
+        except OSError as error:
+            raise HostError(
+                f"`rdzv={launch.rdzv}` names no machine",
+                cause=error.strerror or str(error),
+                hint="give node 0's name as this machine knows it (`getent hosts NAME`), or its address",
+            ) from error

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from picollm.events import Event
 from picollm.units import duration, size
-from picollm_cli.console import PLAIN_LINE_EVERY_S, Output
+from picollm_cli.console import PLAIN_LINE_EVERY_S, Output, write_json_line
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -150,7 +148,7 @@ class StageView:
         self._drawn = time.monotonic()
 
     def __enter__(self) -> StageView:
-        if self.out.stderr.is_terminal and not self.out.as_json:
+        if self.out.redraws and not self.out.as_json:
             from rich.live import Live
 
             # Drawn by `tick` and not by rich's thread: a worker on two cores should feel nothing of it.
@@ -170,8 +168,7 @@ class StageView:
     def show(self, event: Event) -> None:
         """Take one event in; what is worth a line of its own is printed."""
         if self.out.as_json:
-            sys.stdout.write(json.dumps(event, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            write_json_line(event)
             return
         self.progress.update(event)
         self._dirty = True

@@ -222,6 +222,8 @@ def check_cores(at: Inspection) -> Check:
 
 
 def check_memory(at: Inspection) -> Check:
+    from picollm.memory import copies_fit
+
     machine = at.machine
     detail = f"{size(machine.available_bytes)} of {size(machine.memory_bytes)} available"
     if machine.memory_bytes < LEAST_MEMORY_BYTES:
@@ -237,6 +239,13 @@ def check_memory(at: Inspection) -> Check:
             "warn",
             f"{detail} now; {at.subject} needs {size(at.plan.memory_bytes)}",
             "close other programs before you start",
+        )
+    if not copies_fit(at.plan.copies_bytes, machine.memory_bytes):
+        return Check(
+            "memory",
+            "warn",
+            f"{detail}; {at.subject} would take {size(at.plan.copies_bytes)} to save while its GPUs train on",
+            "training waits while it saves; give the machine more memory where that takes too long",
         )
     return Check("memory", "ok", detail)
 

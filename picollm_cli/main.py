@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -27,9 +28,10 @@ from picollm_cli.commands import (
     speedrun,
     tokenizer,
 )
-from picollm_cli.console import Output
+from picollm_cli.console import Output, ready_streams
 
 TRACEBACK_FRAMES = 6
+BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
 HELP = """One command from raw text to a chat model that runs anywhere.
 
@@ -125,11 +127,19 @@ def _run(arguments: list[str]) -> int:
     except typer.Abort:
         out.error(Interrupted("aborted"))
         return Interrupted.exit_code
-    except BrokenPipeError:
-        # The reader of our output went away (`picollm runs | head`): its decision, not an error.
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of our output went away (`picollm runs | head`): its decision, and it ends us as it ends others.
+        # Rich makes a SystemExit of it; those of Typer's shell completion mean something else.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return BROKEN_PIPE
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            # Files of ours are named; what has no name and no room is what the output goes to.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            out.error(HostError("cannot write the output", cause=error.strerror, hint="free room where stdout goes to"))
+            return HostError.exit_code
         if error.filename is None:
             return _say_bug(out, error)
         # Commands wrap what they expect to fail; a path that cannot be read at all is still this machine's fault.
@@ -164,4 +174,5 @@ def _usage_error(message: str, arguments: list[str]) -> ConfigError:
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    ready_streams()
     sys.exit(_run(sys.argv[1:]))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from picollm.data.registry import REGISTRY
 from picollm.errors import ConfigError, HostError, MissingArtifact
 from picollm.events import EventWriter
-from picollm.files import SCHEMA, write_json
+from picollm.files import SCHEMA, file_stats, write_json
 from picollm.locks import hold_lock
 from picollm.run_dir import RunDir, expand, find_run, run_named
 from picollm.units import size
 from picollm_cli.console import Output
-from picollm_cli.launch_line import Launch
+from picollm_cli.launch_line import Launch, check_launch
 
 if TYPE_CHECKING:
     from picollm.config.schema import RunConfig
@@ -134,7 +134,7 @@ def open_run(
     # Everything that can be refused is refused before the lock file makes the folder.
     check_launch(launch)
     prepared = resolve()
-    if prepared.new:
+    if prepared.new or config or sets or force:
         _check_datasets(prepared, downloads)
     check_host(out, prepared, launch, yes=yes)
     with using_run(prepared.run):
@@ -146,14 +146,33 @@ def open_run(
 
 
 def _check_datasets(prepared: Prepared, downloads: bool) -> None:
-    """Raises MissingArtifact or IntegrityError for the first dataset that a new run cannot be trained on."""
-    from picollm.data.datasets import TOY_NAMES, Dataset
+    """Look for the datasets before a run is made of them, or what they made before moves aside.
 
-    config = prepared.config
-    for name in (*(name for name, _ in config.data.sources), *(part.dataset for part in config.sft.mix)):
-        if name in TOY_NAMES or (downloads and name in REGISTRY):
-            continue  # generated or fetched when they are needed
-        Dataset.open(name)
+    Raises:
+        ConfigError, MissingArtifact, IntegrityError: for the first one that the run cannot be trained on.
+    """
+    from picollm.data.datasets import Dataset
+    from picollm.data.registry import TOY_NAMES, TOY_WORLD_CHAT
+
+    config, used = prepared.config, prepared.run.dataset_hashes()
+    text_key = "data.mix" if config.data.mix else "data.dataset"
+    wanted = [(text_key, name, "text") for name, _ in config.data.sources]
+    wanted += [("sft.mix", part.dataset, "conversations") for part in config.sft.mix]
+    for key, name, kind in wanted:
+        if name in TOY_NAMES:  # generated when they are needed
+            check_kind(key, name, "conversations" if name == TOY_WORLD_CHAT else "text", kind)
+        elif not (downloads and name in REGISTRY):  # fetched when they are needed
+            check_kind(key, name, Dataset.open(name, keep=used).kind, kind)
+
+
+def check_kind(key: str, name: str, found: str, needed: str) -> None:
+    """Raises ConfigError when a dataset holds `found`, `text` or `conversations`, where `key` needs the other."""
+    if found != needed:
+        raise ConfigError(
+            f"`{key}` cannot be `{name}`",
+            cause=f"it needs a dataset of {needed}, and this one holds {found}",
+            hint="`picollm data list` shows which is which",
+        )
 
 
 def store_run(prepared: Prepared) -> None:
@@ -225,41 +244,6 @@ def _refuse_frozen(run: RunDir, before: RunConfig, now: RunConfig, redo: Collect
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
-def check_launch(launch: Launch) -> None:
-    """Refuse what torch would refuse minutes later, on every node for itself.
-
-    Raises:
-        ConfigError: more processes on this machine than GPUs.
-        HostError: several GPUs, and torch cannot make them talk to each other; or nodes, and node 0 has no address.
-    """
-    import socket
-
-    from picollm.hardware import detect
-    from picollm.runtimes import check_ranks
-
-    machine = detect()
-    check_ranks(machine, launch.nproc)
-    if machine.gpus and launch.ranks > 1:
-        from picollm.torch_facts import torch_facts
-
-        facts = torch_facts(machine)
-        if not facts["distributed"]["nccl"]:
-            raise HostError(
-                f"{launch.ranks} processes on GPUs need NCCL",
-                cause=f"torch {facts['torch']} was built without it",
-                hint="install a CUDA build of torch (https://pytorch.org/get-started), or train with one process",
-            )
-    if launch.nnodes > 1:
-        try:
-            socket.getaddrinfo(launch.lead_host, None)
-        except OSError as error:
-            raise HostError(
-                f"`rdzv={launch.rdzv}` names no machine",
-                cause=error.strerror or str(error),
-                hint="give node 0's name as this machine knows it (`getent hosts NAME`), or its address",
-            ) from error
-
-
 def plan_of(prepared: Prepared, launch: Launch = Launch()) -> Plan:
     """What the whole run will take on this machine; knows the dataset's size when it is there."""
     from picollm.data.datasets import Dataset
@@ -297,7 +281,7 @@ def plan_of(prepared: Prepared, launch: Launch = Launch()) -> Plan:
 
 def disk_needed(plan: Plan, run: RunDir | None) -> int:
     """Bytes that must be free for a run, margins included; what an existing run has written already needs no room."""
-    used = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()) if run else 0
+    used = sum(stat.st_size for stat in file_stats(run.path)) if run else 0
     return max(0, round(plan.disk_bytes * (1 + DISK_MARGIN_SHARE)) - used) + DISK_MARGIN_BYTES
 
 

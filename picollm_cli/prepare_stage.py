@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from picollm.errors import ConfigError, MissingArtifact
-from picollm.files import SCHEMA, disk_errors, sha256_json, write_json
+from picollm.files import SCHEMA, disk_errors, sha256_json, write_atomic, write_json
 from picollm.run_dir import RunDir, StageDir
 from picollm_cli.console import Output
 from picollm_cli.launch_line import Launch
-from picollm_cli.prepare import Prepared, note
+from picollm_cli.prepare import Prepared, check_kind, note
 
 if TYPE_CHECKING:
     from picollm.config.recipe import Source, TrainRecipe, TrainRuntime
@@ -61,7 +61,7 @@ def prepare_sft(prepared: Prepared, launch: Launch = Launch()) -> StageDir:
         ConfigError: the stage has started with another recipe, or a dataset holds no conversations.
     """
     from picollm.config.recipe import TrainRecipe
-    from picollm.data.datasets import TOY_WORLD_CHAT
+    from picollm.data.registry import TOY_WORLD_CHAT
     from picollm.hardware import detect
     from picollm.plan import sft_recipe
     from picollm.train.checkpoint_files import checkpoint_sha256
@@ -135,7 +135,7 @@ def suites_for(run: RunDir, stage: str) -> list[str]:
     Args:
         stage: a training stage that has finished.
     """
-    from picollm.data.datasets import TOY_WORLD_CHAT
+    from picollm.data.registry import TOY_WORLD_CHAT
 
     suites = ["bpb", "samples"]
     if stage != "pretrain":
@@ -178,17 +178,12 @@ def require_trained(run: RunDir, name: str) -> StageDir:
 
 
 def _dataset(name: str, kind: str, key: str, run: RunDir) -> Dataset:
-    from picollm.data.datasets import ensure
+    from picollm.data.toy_datasets import ensure
 
     dataset = ensure(name, keep=run.dataset_hashes())
     if dataset.is_downloaded:
         dataset.rows()  # before a worker starts: all of it is here, and what was touched since it came is hashed again
-    if dataset.kind != kind:
-        raise ConfigError(
-            f"`{key}` cannot be `{name}`",
-            cause=f"it needs a dataset of {kind}, and this one holds {dataset.kind}",
-            hint="`picollm data list` shows which is which",
-        )
+    check_kind(key, name, dataset.kind, kind)
     return dataset
 
 
@@ -266,24 +261,38 @@ def _write_stage(stage: StageDir, name: str, recipe: dict[str, Any], runtime: di
             return
         was, now = dict(flatten(stored["recipe"])), dict(flatten(recipe))
         differing = [key for key in now.keys() | was.keys() if was.get(key) != now.get(key)]
+        # Nobody changed a key that the stored recipe lacks: a newer picollm brought it.
+        changed = [key for key in differing if key in was]
+        if not changed and stage.is_done({"recipe": sha256_json(stored["recipe"])}):
+            return  # nothing will be done, and its config goes on saying how it was
         # An evaluation has no state to protect: with another recipe it is simply made again.
         if differing and name != "eval" and stage.is_started():
             run = stage.run
             raise ConfigError(
                 f"stage `{name}` of run `{run.name}` has started with another recipe",
                 cause="; ".join(
-                    f"`{key}` was {_shown(was.get(key))} and is {_shown(now.get(key))} now" for key in sorted(differing)
+                    f"`{key}` was {_shown(was.get(key, 'not there yet'))} and is {_shown(now.get(key))} now"
+                    for key in sorted(differing)
                 ),
-                hint=f"undo the change, start a new run with `--run NAME`, "
+                hint=f"{'undo the change' if changed else 'go on with the older picollm that began it'}, "
+                f"start a new run with `--run NAME`, "
                 f"or redo the stage with `picollm speedrun --run {run.name} --force {name}`",
             )
-        if not differing and stage.is_done({"recipe": sha256_json(stored["recipe"])}):
-            return  # nothing will be done, and its config goes on saying how it was
         for key, new in runtime.items():
             if (old := stored["runtime"].get(key)) != new:
                 note(stage.run, stage.name, f"runtime {key}: {old} -> {new}")
                 if key == "device_batch_size":  # a back-off from the old one says nothing about the new one
                     stage.runtime_path.unlink(missing_ok=True)
+    _keep_dataset_records(stage.run, recipe.get("data", []))
     with disk_errors(stage.path):
         stage.path.mkdir(parents=True, exist_ok=True)
     write_json(stage.config_path, value)
+
+
+def _keep_dataset_records(run: RunDir, sources: list[dict[str, Any]]) -> None:
+    """Copy what describes the datasets into the run, which shall say what it was made from where they are not."""
+    for source in sources:
+        kept = run.kept_dataset_record(source["dataset"], source["sha256"])
+        found = run.find_dataset_record(source["dataset"], source["sha256"])
+        if found and found != kept:
+            write_atomic(kept, found.read_bytes())

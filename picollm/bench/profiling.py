@@ -8,20 +8,27 @@ import torch
 
 from picollm.bench.timing import synchronize
 
-# The first kind with a word in the kernel's name; what a compiler fused is named after what is in it.
+# The first kind with a word in the kernel's name.
 KINDS = (
     ("attention", ("flash", "fmha", "cudnn_generated", "sdpa", "flex_attention", "attention")),
     ("GEMM", ("gemm", "cutlass", "nvjet", "xmma", "addmm", "_mm_", "mm_", "gemv", "splitk")),
     ("loss", ("softmax", "logsumexp", "nll", "log_", "tanh")),
-    ("embedding", ("embedding", "index_put", "indexing", "gather", "scatter")),
+    ("embedding", ("embedding", "index", "gather", "scatter", "compute_grad_weight", "radixsort")),
     ("copy", ("memcpy", "memset", "direct_copy", "catarray", "contiguous", "clone")),
 )
+# Kernels that torch.compile generates bear the names of all operators around them: one that casts what goes into a
+# product is `…_mm_…`, and one that also transposes is `…_clone_…`. Its products and attention are `triton_tem_…`.
+FUSED = ("triton_poi_", "triton_red_", "triton_per_")
+ARITHMETIC = ("add", "mul", "div", "clamp", "sum", "pow", "sqrt")
 
 
 def kind_of(kernel: str) -> str:
     """The kind of a kernel by its name; what is none of the others is pointwise."""
     name = kernel.lower()
-    return next((kind for kind, words in KINDS if any(word in name for word in words)), "pointwise")
+    excluded: set[str] = set()
+    if name.startswith(FUSED):
+        excluded = {"attention", "GEMM"} | ({"copy"} if any(word in name for word in ARITHMETIC) else set())
+    return next((k for k, words in KINDS if k not in excluded and any(word in name for word in words)), "pointwise")
 
 
 def kernel_times(call: Callable[[], object], device: torch.device) -> dict[str, float]:

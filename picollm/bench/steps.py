@@ -21,7 +21,9 @@ from picollm.bench.timing import synchronize
 from picollm.config.model import Architecture
 from picollm.config.recipe import Rates, Schedule, TrainRecipe, TrainRuntime
 from picollm.model.attention import attention_device
+from picollm.model.gpt import GPT
 from picollm.model.linear import Linear
+from picollm.model.loss import linear_cross_entropy
 from picollm.model.precision import refresh_fp8
 from picollm.scaling import causal_flops_per_token, flops_per_token, hidden_size_of
 from picollm.train.metrics import peak_flops
@@ -77,7 +79,10 @@ class Trainee:
 def trainee(
     arch: Architecture, shapes: Shapes, device: torch.device, *, rows: int, whole: bool = False, fp8: bool = False
 ) -> Trainee:
-    """A fresh model on the device, compiled there (per block, or `whole` as one graph) and run eagerly on a CPU."""
+    """A fresh model on the device, compiled there (per block, or `whole` as one graph) and run eagerly on a CPU.
+
+    Loss and update are compiled apart in both, so that a comparison is one of the blocks.
+    """
     on_gpu = device.type == "cuda"
     recipe = TrainRecipe(
         stage="pretrain", seed=0, model=arch, dtype="bfloat16", dtype_reason="", fp8=fp8, steps=10_000,
@@ -95,10 +100,18 @@ def trainee(
     tokens = ((first + steps * (1 + first % 7)) % arch.vocab_size).to(device)
     ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def loss() -> Tensor:
-        return trainer.model.loss(ids, targets, 1 / targets.numel())
+    model, scale = trainer.model, 1 / targets.numel()
+    if not (whole and on_gpu):
+        return Trainee(arch, trainer, ids, targets, lambda: model.loss(ids, targets, scale))
+    trainer.optimizer.compile()
+    model.rotary(shapes.row)  # made outside the graph, as it is between blocks
+    hidden = torch.compile(GPT.hidden, fullgraph=True, dynamic=False)
 
-    return Trainee(arch, trainer, ids, targets, torch.compile(loss, dynamic=False) if whole and on_gpu else loss)
+    def loss() -> Tensor:
+        x = hidden(model, ids).flatten(0, 1)
+        return linear_cross_entropy(x, model.lm_head, targets.flatten(), scale, arch.vocab_size, compiled=True)
+
+    return Trainee(arch, trainer, ids, targets, loss)
 
 
 def fitting(make: Callable[[int], Trainee], rows: int) -> Trainee:
@@ -218,6 +231,7 @@ def eight_bits(shapes: Shapes, device: torch.device) -> Rows:
         else:
             assert base is not None
             yield from _fp8_variants(subject, shapes, base)
+        subject.trainer.optimizer.zero_grad()  # gradients of what was timed; there were more of them in fp8
         for step in range(2, shapes.learn_steps):
             loss = subject.micro_step()
             subject.update(step)

@@ -13,7 +13,7 @@ class SftSource(Section):
     dataset: str
     """Name of a dataset of conversations."""
     weight: float = Field(default=1.0, gt=0)
-    """Its share of the conversations, relative to the other parts."""
+    """Its share of the tokens, relative to the other parts."""
 
 
 class SftConfig(Section):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from picollm import __version__
 from picollm.data.conversations import Conversation
-from picollm.data.datasets import RECORD_NAME, SPLITS, Dataset, Kind, ShardFile, Split
+from picollm.data.dataset_record import RECORD_NAME, SPLITS, Kind, ShardFile, Split
+from picollm.data.datasets import Dataset
 from picollm.errors import ConfigError
 from picollm.files import SCHEMA, disk_errors, free_name, fsync_path, sha256_file, write_json
 from picollm.run_dir import check_name, datasets_dir

@@ -1,8 +1,8 @@
 """Datasets by name: a folder of shards whose `dataset.json` pins every file, its split, size and hash.
 
-Text lives in parquet shards with a column `text`; conversations live in JSON-lines shards. `dataset.json` carries no
-time and no path of a machine, so the same input gives the same bytes, and their hash names the dataset. The record of
-a downloaded dataset (`download.py`) is there before its shards are.
+Text lives in parquet shards with a column `text`; conversations live in JSON-lines shards. `dataset.json`
+(`dataset_record.py`) carries no time and no path of a machine, so the same input gives the same bytes, and their hash
+names the dataset. The record of a downloaded dataset (`download.py`) is there before its shards are.
 """
 
 from __future__ import annotations
@@ -11,84 +11,40 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from picollm.data.conversations import Conversation
+from picollm.data.dataset_record import (
+    OLDER_FOLDER,
+    RECORD_NAME,
+    SPLITS,
+    DatasetRecord,
+    Kind,
+    ShardFile,
+    Split,
+    read_record,
+)
 from picollm.data.documents import Documents
-from picollm.data.registry import REGISTRY
+from picollm.data.registry import REGISTRY, TOY_NAMES
 from picollm.data.verified import Counts, Verified, Wrong
 from picollm.errors import ConfigError, IntegrityError, MissingArtifact, PicollmError, nearest
-from picollm.files import SCHEMA, read_json, sha256_file
-from picollm.locks import hold_lock
+from picollm.files import sha256_file
 from picollm.run_dir import NAME_PATTERN, check_name, datasets_dir
 
-Kind = Literal["text", "conversations"]
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
-RECORD_NAME = "dataset.json"
-# Where a downloaded dataset keeps its records of fewer shards, for the runs that were trained on them.
-OLDER_FOLDER = "older"
 # Parquet with zstd holds about so many characters a byte: for shards that are not there yet.
 CHARS_PER_STORED_BYTE = 2.5
 
-TOY_WORLD = "toy-world"
-TOY_WORLD_CHAT = "toy-world-chat"
-TOY_NAMES = (TOY_WORLD, TOY_WORLD_CHAT)
-TOY_SEED = 1
-TOY_SIZES = {TOY_WORLD: (8_000, 300), TOY_WORLD_CHAT: (12_000, 300)}  # rows of train and validation
-TOY_FINGERPRINT_ROWS = 256
-
 
 @dataclass(frozen=True)
-class ShardFile:
-    """One file of a dataset as its record pins it.
-
-    Attributes:
-        rows, chars: what is inside; None where it was not known when the record was written.
-        bytes: size of the file on disk.
-        origin: its path in the repository it is downloaded from.
-    """
-
-    name: str
-    split: Split
-    rows: int | None
-    bytes: int
-    chars: int | None
-    sha256: str
-    origin: str | None = None
-
-    def check(self) -> None:
-        """Raises ValueError, TypeError: not what a record may say, whoever wrote it."""
-        if not NAME_PATTERN.match(self.name) or self.split not in SPLITS:
-            raise ValueError(f"it names a file `{self.name}` of split `{self.split}`")
-        counts = [count for count in (self.bytes, self.rows, self.chars) if count is not None]
-        if self.bytes is None or any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"sizes of `{self.name}` are no counts")
-        if not isinstance(self.sha256, str) or not isinstance(self.origin, str | None):
-            raise ValueError(f"`sha256` or `origin` of `{self.name}` is no text")
-
-    def to_json(self) -> dict[str, Any]:
-        """As the record has it: without an origin where it has none, so that records stay what they were."""
-        return {key: value for key, value in asdict(self).items() if key != "origin" or value is not None}
-
-
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(DatasetRecord):
     """A dataset that is there, by its record; the shards are looked at when they are read."""
 
     name: str
-    kind: Kind
     path: Path
-    sha256: str
-    """Of the bytes of `dataset.json`, which holds the hash of every shard: the dataset's identity."""
-    source: dict[str, Any]
-    created_by: str
-    files: tuple[ShardFile, ...]
-    totals: dict[str, Any]
 
     @classmethod
     def open(cls, name: str, base: Path | None = None, *, keep: Collection[str] = ()) -> Dataset:
@@ -105,55 +61,13 @@ class Dataset:
         folder = datasets_dir(base) / check_name("dataset", name)
         if not folder.is_dir():
             raise _missing(name, base)
-        newest = cls._read(name, folder, folder / RECORD_NAME)
-        if newest.sha256 not in keep:
+        record = read_record(name, folder / RECORD_NAME)
+        if record.sha256 not in keep:
             for older in sorted((folder / OLDER_FOLDER).glob("*.json")):
                 if sha256_file(older) in keep:
-                    return cls._read(name, folder, older)
-        return newest
-
-    @classmethod
-    def _read(cls, name: str, folder: Path, record: Path) -> Dataset:
-        again = f"make it again with `picollm data import {name} PATH… --force`"
-        if name in TOY_NAMES:
-            again = f"make it again with `picollm data show {name}`"
-        elif name in REGISTRY:
-            again = f"remove it with `picollm data remove {name}`, then `picollm data download {name} --shards N`"
-        try:
-            content = read_json(record)
-            digest = sha256_file(record)
-            if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}, the one this version reads")
-            files = tuple(ShardFile(**entry) for entry in content["files"])
-            for file in files:
-                file.check()
-            if len({file.name for file in files}) != len(files):
-                raise ValueError("it names a file twice")
-            if content["kind"] not in ("text", "conversations"):
-                raise ValueError(f"its kind is {content['kind']!r}")
-            if not isinstance(content["source"], dict) or not isinstance(content["totals"], dict):
-                raise ValueError("`source` and `totals` must be objects")
-            return cls(
-                name,
-                content["kind"],
-                folder,
-                digest,
-                content["source"],
-                content["created_by"],
-                files,
-                content["totals"],
-            )
-        except FileNotFoundError:
-            raise IntegrityError(f"dataset `{name}` is torn", cause=f"`{record}` does not exist", hint=again) from None
-        except IntegrityError as error:
-            raise IntegrityError(
-                f"dataset `{name}` is torn", cause=f"{error.message}: {error.cause}", hint=again
-            ) from None
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-            raise IntegrityError(
-                f"dataset `{name}` has a record that cannot be used", cause=f"`{record}`: {reason}", hint=again
-            ) from error
+                    record = read_record(name, older)
+                    break
+        return cls(**vars(record), name=name, path=folder)
 
     # -- a downloaded one -------------------------------------------------------------------------------------------
 
@@ -161,6 +75,11 @@ class Dataset:
     def is_downloaded(self) -> bool:
         """Whether its files come from the Hub, and may not be here yet."""
         return "hub" in self.source
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether neighbours are known to have nothing in common: imports shuffle, and the registry's come shuffled."""
+        return not self.is_downloaded or self.source["hub"] in {known.source.repo for known in REGISTRY.values()}
 
     @property
     def column(self) -> str:
@@ -424,80 +343,3 @@ def list_datasets(
             if on_problem:
                 on_problem(path.name, error)
     return found
-
-
-# -- the toy world ----------------------------------------------------------------------------------------------------
-
-
-def _toy_rows(name: str, split: Split, num: int) -> Iterator[str | Conversation]:
-    from picollm.data import toy_world
-
-    if name == TOY_WORLD:
-        generate = toy_world.documents if split == "train" else toy_world.validation_documents
-        yield from generate(num, TOY_SEED)
-    else:
-        # Another seed gives another stream of the same facts.
-        seed = TOY_SEED if split == "train" else TOY_SEED + 1
-        yield from map(Conversation.from_json, toy_world.conversations(num, seed))
-
-
-def _toy_source(name: str) -> dict[str, Any]:
-    """Says which generator made the rows: a hash of the first of them, so that a changed generator is noticed."""
-    digest = hashlib.sha256()
-    streams = [_toy_rows(name, split, TOY_FINGERPRINT_ROWS) for split in SPLITS]
-    for row in chain(*streams):
-        text = row if isinstance(row, str) else json.dumps(row.to_json(), ensure_ascii=False)
-        digest.update(text.encode() + b"\0")
-    return {"generator": "picollm.data.toy_world", "seed": TOY_SEED, "fingerprint": digest.hexdigest()}
-
-
-def _toy_is_intact(name: str, base: Path | None, keep: Collection[str]) -> bool:
-    try:
-        dataset = Dataset.open(name, base)
-        dataset.check_sizes()
-    except PicollmError:
-        return False
-    return dataset.sha256 in keep or dataset.source == _toy_source(name)
-
-
-def ensure_toy_world(base: Path | None = None, *, keep: Collection[str] = ()) -> None:
-    """Generate the datasets `toy-world` and `toy-world-chat` unless both are there and intact.
-
-    Cheap when they are: records, file sizes and a hash of the first rows. Damaged ones are made again, and those of an
-    older generator. Processes that call this at the same time wait for one another.
-
-    Args:
-        keep: hashes of datasets that a run was prepared with: they stay, whatever generator made them.
-
-    Raises:
-        HostError: the base directory cannot be written.
-    """
-    from picollm.data.dataset_writer import DatasetWriter
-
-    if all(_toy_is_intact(name, base, keep) for name in TOY_NAMES):
-        return
-    with hold_lock(datasets_dir(base) / ".toy-world.lock", "the toy world", wait_s=300):
-        for name in TOY_NAMES:
-            if _toy_is_intact(name, base, keep):
-                continue
-            with DatasetWriter(name, base) as writer:
-                writer.start("text" if name == TOY_WORLD else "conversations")
-                for split, num in zip(SPLITS, TOY_SIZES[name], strict=True):
-                    for row in _toy_rows(name, split, num):
-                        writer.add(split, row)
-                # What is replaced was generated too: there is nothing of the user's to keep.
-                writer.publish(_toy_source(name), existing="delete")
-
-
-def ensure(name: str, base: Path | None = None, *, keep: Collection[str] = ()) -> Dataset:
-    """Open a dataset; the toy world's are generated first when they are not there.
-
-    Args:
-        keep: as in `ensure_toy_world`.
-
-    Raises:
-        MissingArtifact, IntegrityError: as `Dataset.open`.
-    """
-    if name in TOY_NAMES:
-        ensure_toy_world(base, keep=keep)
-    return Dataset.open(name, base, keep=keep)

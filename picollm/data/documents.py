@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-    from picollm.data.datasets import ShardFile
+    from picollm.data.dataset_record import ShardFile
 
 CACHED_ROW_GROUPS = 4
 # Far fewer than a process may have open, however many shards there are.

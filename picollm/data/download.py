@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 
 from picollm.data import hub
-from picollm.data.datasets import Dataset, ShardFile
+from picollm.data.dataset_record import ShardFile
+from picollm.data.datasets import Dataset
 from picollm.data.hub_errors import LOGIN_HINT, TRIES, TryAgain, delay_s
 from picollm.data.verified import Wrong
 from picollm.errors import ConfigError, HostError, RemoteError

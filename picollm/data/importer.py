@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from picollm.data.dataset_record import Split
 from picollm.data.dataset_writer import DatasetWriter, name_taken
-from picollm.data.datasets import TOY_NAMES, Dataset, Split
+from picollm.data.datasets import Dataset
 from picollm.data.intake import HASH_RANGE, Rules, Tally, digest_of, read_all
+from picollm.data.registry import TOY_NAMES
 from picollm.data.sources import SourceFile, find_files, text_bytes
 from picollm.data.spill import SpilledRow, emptied, num_buckets
 from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from picollm.data.conversations import Conversation
+from picollm.data.dataset_record import Kind
 from picollm.data.dataset_writer import conversation_line
-from picollm.data.datasets import Kind
 from picollm.data.pool import in_processes
 from picollm.data.readers import Record, place, read_records
 from picollm.data.sources import Piece, SourceFile, tasks_of

@@ -14,8 +14,9 @@ from typing import Any
 
 from picollm import __version__
 from picollm.data import hub
+from picollm.data.dataset_record import OLDER_FOLDER, RECORD_NAME, ShardFile, Split
 from picollm.data.dataset_writer import sweep
-from picollm.data.datasets import OLDER_FOLDER, RECORD_NAME, Dataset, ShardFile, Split
+from picollm.data.datasets import Dataset
 from picollm.data.registry import HubSource
 from picollm.data.verified import column_problem
 from picollm.errors import ConfigError, MissingArtifact, RemoteError

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from picollm.data.conversations import Conversation, EmptyMessage
 from picollm.data.cutting import cut
-from picollm.data.datasets import Kind
+from picollm.data.dataset_record import Kind
 from picollm.data.packed import CHUNK_BYTES, Unpacked
 from picollm.data.sources import CSV_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES, Piece, SourceFile
 from picollm.errors import ConfigError, first_line

@@ -1,4 +1,4 @@
-"""Datasets of the Hub by name: where they are, how large they are, and which file is validation.
+"""Datasets that have a name before they are here: those of the Hub, where they are and how large, and the toy world.
 
 Sizes are for plans made offline; what is downloaded is pinned by the Hub's own list of files (`hub.py`).
 """
@@ -10,6 +10,11 @@ import re
 from dataclasses import dataclass
 
 from picollm.errors import ConfigError, did_you_mean
+
+# Generated on this machine (`toy_datasets.py`): text, and conversations.
+TOY_WORLD = "toy-world"
+TOY_WORLD_CHAT = "toy-world-chat"
+TOY_NAMES = (TOY_WORLD, TOY_WORLD_CHAT)
 
 # `hf:org/name`, `hf:org/name:config`, either with `@revision`.
 _SPEC = re.compile(r"^hf:([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w./-]+))?$", re.ASCII)

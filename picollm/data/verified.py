@@ -20,7 +20,7 @@ from picollm.files import sha256_file
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-    from picollm.data.datasets import ShardFile
+    from picollm.data.dataset_record import ShardFile
 
 JOURNAL = "verified.jsonl"
 

@@ -1,7 +1,7 @@
 """How well a model compresses text: bits per byte, comparable between tokenizers.
 
 bpb = sum of -log p over tokens with bytes / (ln 2 * sum of their bytes). Every byte of the text counts exactly once.
-Letters: B rows of a batch, T time.
+Letters: T time.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
-import torch
 
 from picollm.data.packing import IGNORED
 from picollm.errors import ConfigError
+from picollm.evaluate.nats import Ranks, nats_of_rows, rows_per_pass
 from picollm.model.gpt import GPT
 from picollm.tokenizer.tokenizer import Tokenizer
 
-# Rows sorted by length at a time: enough to fill batches of equal rows, few enough to hold any dataset.
+# Rows sorted by length at a time: enough to fill passes with equal rows, few enough for a dataset of any size.
 WINDOW_ROWS = 4096
-# Tokens in one forward pass: what a pass needs beside the weights grows with them, its speed hardly does.
-PASS_TOKENS = 4096
 # Documents per call of the tokenizer.
 ENCODE_DOCUMENTS = 128
 
@@ -78,68 +77,78 @@ def evaluate(
     tokenizer: Tokenizer,
     documents: Iterable[str],
     T: int,
-    batch_size: int,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> BitsPerByte:
-    """Bits per byte of `documents` under `model`, with contexts of at most T tokens.
-
-    Rows of similar length share a batch, so that little padding is computed.
+    """Bits per byte of `documents` under `model`, with contexts of at most T tokens; see `score`.
 
     Args:
-        T: tokens per piece; a token sees bos and the tokens before it in its piece.
-        batch_size: rows per forward pass, fewer where they would be more than PASS_TOKENS.
         max_tokens: tokens to score; None scores all.
-        on_progress: called with the documents scored so far after each batch, by their share of a window's tokens since
-            rows are not scored in order; what it raises ends the pass.
 
     Raises:
         ConfigError: the documents hold no byte.
     """
-    device = model.embed_tokens.device
+    return score(model, tokenizer, rows(tokenizer, documents, T, max_tokens), T, batch_size, on_progress)
+
+
+def score(
+    model: GPT,
+    tokenizer: Tokenizer,
+    cut: Iterable[tuple[int, np.ndarray]],
+    T: int,
+    batch_size: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
+) -> BitsPerByte:
+    """Bits per byte of documents as `rows` cuts them, the same on every rank and on any number of them.
+
+    Rows of similar length share a pass, so that little padding is computed.
+
+    Args:
+        cut: all rows, on every rank; the order of documents is kept.
+        T: tokens of the longest row; a token sees bos and the tokens before it in its row.
+        batch_size: rows per forward pass at most; None takes what suits the device, see `rows_per_pass`.
+        on_progress: called after each round of passes with the documents scored so far, by their share of a window's
+            tokens since rows are not scored in order; what it raises ends the job, see `nats_of_rows`.
+        ranks: those that take part; None for this process alone.
+
+    Raises:
+        ConfigError: the documents hold no byte.
+    """
     token_bytes = np.array(tokenizer.token_bytes, dtype=np.int64)
     nats: list[float] = []
     num_bytes: list[int] = []
     tokens = 0
-    source = rows(tokenizer, documents, T, max_tokens)
-    batch_size = max(1, min(batch_size, PASS_TOKENS // T))
+    per_pass = rows_per_pass(model, T)
+    per_pass = per_pass if batch_size is None else min(batch_size, per_pass)
+    source = iter(cut)
     while window := list(islice(source, WINDOW_ROWS)):
-        before, passed = len(nats), 0
+        before = len(nats)
         grow = window[-1][0] + 1 - before
-        window_tokens = sum(len(row) - 1 for _, row in window)
         nats += [0.0] * grow
         num_bytes += [0] * grow
         window.sort(key=lambda entry: len(entry[1]))
-        for start in range(0, len(window), batch_size):
-            batch = window[start : start + batch_size]
-            ids, targets = _pad([row for _, row in batch])
-            sizes = np.where(targets >= 0, token_bytes[targets], 0)
-            # Tokens without bytes carry no text: their loss must not count either.
-            targets[sizes == 0] = IGNORED
-            scored = model.nats(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device))
-            totals = scored.sum(dim=1, dtype=torch.float64).tolist()
-            for (document, _), row_nats, row_bytes in zip(batch, totals, sizes.sum(axis=1).tolist(), strict=True):
-                nats[document] += row_nats
-                num_bytes[document] += row_bytes
+        # Tokens without bytes carry no text: their loss must not count either.
+        pairs = [(row[:-1], np.where(token_bytes[row[1:]] > 0, row[1:], IGNORED)) for _, row in window]
+        look = None
+        if on_progress is not None:
+            passed = np.cumsum([len(ids) for ids, _ in pairs])
+            look = partial(_tell, on_progress, before, grow, passed)
+        scored = nats_of_rows(model, pairs, per_pass, ranks, look).tolist()
+        for (document, row), (_, targets), row_nats in zip(window, pairs, scored, strict=True):
+            nats[document] += row_nats
+            num_bytes[document] += int(token_bytes[row[1:]].sum())
             tokens += int((targets >= 0).sum())
-            if on_progress is not None:
-                passed += sum(len(row) - 1 for _, row in batch)
-                on_progress(before + grow * passed // window_tokens)
     if not sum(num_bytes):
         raise ConfigError("there is no text to measure bits per byte on", cause="the documents hold no byte")
     bpb, stderr = _ratio(nats, num_bytes)
     return BitsPerByte(bpb, stderr, math.fsum(nats), sum(num_bytes), tokens, len(nats))
 
 
-def _pad(batch: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets (B, T) of int64; right padding is an ignored target."""
-    longest = max(len(row) for row in batch) - 1
-    ids = np.zeros((len(batch), longest), dtype=np.int64)
-    targets = np.full((len(batch), longest), IGNORED, dtype=np.int64)
-    for index, row in enumerate(batch):
-        ids[index, : len(row) - 1] = row[:-1]
-        targets[index, : len(row) - 1] = row[1:]
-    return ids, targets
+def _tell(on_progress: Callable[[int], None], before: int, grow: int, passed: np.ndarray, done: int) -> None:
+    """Rows of a window done -> documents, of which it adds `grow` to `before`; `passed` sums its rows' tokens up."""
+    on_progress(before + grow * int(passed[done - 1]) // int(passed[-1]))
 
 
 def _ratio(nats: list[float], num_bytes: list[int]) -> tuple[float, float | None]:

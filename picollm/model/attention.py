@@ -5,6 +5,7 @@ Letters: B batch, T queries, S keys, H query heads, K key/value heads, D head si
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Iterator
@@ -177,13 +178,16 @@ def attention_device(device: torch.device) -> AttentionDevice:
         swappable = hasattr(attention, "activate_flash_attention_impl")  # torch 2.11 and later
         if VARLEN_WORKS and swappable and importlib.util.find_spec("flash_attn_interface"):
             installed.add("fa3")
-    try:
-        cudnn = torch.backends.cudnn.version()
-    except RuntimeError:  # the library that was loaded is older than the one that torch was built with
-        cudnn = None
-    return AttentionDevice(
-        "cuda", capability=torch.cuda.get_device_capability(device), cudnn=cudnn, installed=frozenset(installed)
-    )
+    capability = torch.cuda.get_device_capability(device)
+    return AttentionDevice("cuda", capability=capability, cudnn=cudnn_version(), installed=frozenset(installed))
+
+
+def cudnn_version() -> int | None:
+    """Of the cuDNN that was loaded, 91501 for 9.15.1; None where there is none."""
+    for _ in range(2):  # where it is older than the one that torch was built with, the first question is an error
+        with contextlib.suppress(RuntimeError):
+            return torch.backends.cudnn.version()
+    return None
 
 
 # Which kernel runs does not depend on the number of rows, and a fallback may keep all scores in memory.

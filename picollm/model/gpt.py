@@ -191,6 +191,8 @@ class GPT(nn.Module):
         when its backward pass ends, and names of weights stay. Passes in eval mode, without gradients or with a cache
         are not compiled: their shapes change.
         """
+        # A kind of block is a variant of one function, and so is each device batch; torch's limit is 8 in all.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self._compiled = True
 
     def rotary(self, length: int) -> Float[Tensor, "2 S 1 half"]:

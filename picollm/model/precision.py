@@ -54,8 +54,8 @@ def refresh_fp8(model: nn.Module) -> None:
     """Quantise the weights again, in place, after an optimizer step or after loading a checkpoint."""
     for layer in model.modules():
         if isinstance(layer, Linear) and layer.fp8_weight is not None:
-            whole = torch.cat([part.weight for part in (layer, *layer.packed_with)])
-            weight, inverse = quantize(whole, E4M3)
+            parts = [part.weight for part in (layer, *layer.packed_with)]
+            weight, inverse = quantize(torch.cat(parts) if len(parts) > 1 else parts[0], E4M3)
             layer.fp8_weight.copy_(weight)
             layer.fp8_weight_t.copy_(weight.t())
             layer.fp8_inverse.copy_(inverse)

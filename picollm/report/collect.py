@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from picollm.config.keys import flatten
 from picollm.errors import IntegrityError, MissingArtifact
 from picollm.events import Event, attempts, read_all, read_events
 from picollm.files import SCHEMA, read_json
-from picollm.run_dir import TRAINING_STAGES, RunDir, StageDir, datasets_dir
+from picollm.run_dir import TRAINING_STAGES, RunDir, StageDir
 from picollm.train.checkpoint_files import checkpoint_dir, checkpoint_sha256, read_meta
 
 # Steps averaged for the loss at the end: one step's loss swings with its documents.
@@ -31,7 +32,7 @@ def collect(run: RunDir) -> Figures:
     Raises:
         IntegrityError: a file of the run is torn or of another version.
     """
-    stored = run.read_config()
+    stored, environment, happened = run.read_config(), _read(run.environment_path) or {}, read_all(run.events_path)
     stages = {name: _training(run.stage(name)) for name in TRAINING_STAGES if run.stage(name).config_path.is_file()}
     evaluation, samples = _evaluation(run)
     has_run = {
@@ -50,10 +51,11 @@ def collect(run: RunDir) -> Figures:
         "stages": stages,
         "evaluation": evaluation,
         "samples": samples,
-        "wall_s": _stage_times(read_all(run.events_path)),
-        "notes": [event.get("text", "") for event in read_all(run.events_path) if event["kind"] == "note"],
+        "wall_s": _stage_times(happened),
+        "notes": [event.get("text", "") for event in happened if event["kind"] == "note"],
         "settings": {"sources": stored.get("sources", {}), "config": stored.get("config", {})},
-        "environment": _read(run.environment_path) or {},
+        "environment": environment,
+        "commands": _commands(happened, environment),
     }
 
 
@@ -138,16 +140,21 @@ def _timing(events: list[Event]) -> Figures:
     wall_s, start, last = 0.0, None, None
     for event in events:
         if event["kind"] == "stage_start":
-            wall_s += last - start if start is not None and last is not None else 0.0
+            wall_s += _seconds(start, last)
             start = event.get("t")
         last = event.get("t", last)
-    wall_s += last - start if start is not None and last is not None else 0.0
+    wall_s += _seconds(start, last)
     times = [event["t"] for event in events if _finite(event.get("t"))]
     return {
         "started_at": _utc(times[0]) if times else None,
         "ended_at": _utc(times[-1]) if times else None,
         "wall_s": round(wall_s, 3) if events else None,
     }
+
+
+def _seconds(start: float | None, end: float | None) -> float:
+    """Between two readings of the clock; none where one is missing or the clock was set back."""
+    return 0.0 if start is None or end is None else max(0.0, end - start)
 
 
 def _stage_times(events: list[Event]) -> dict[str, float]:
@@ -162,7 +169,7 @@ def _stage_times(events: list[Event]) -> dict[str, float]:
         if event["kind"] == "stage_start":
             started[stage] = event["t"]
         elif event["kind"] == "stage_end" and stage in started:
-            seconds[stage] = round(seconds.get(stage, 0.0) + event["t"] - started.pop(stage), 3)
+            seconds[stage] = round(seconds.get(stage, 0.0) + _seconds(started.pop(stage), event["t"]), 3)
     return {stage: value for stage, value in seconds.items() if stage not in ("report", "manifest")}
 
 
@@ -186,21 +193,38 @@ def _tokenizer(run: RunDir) -> Figures | None:
 
 
 def _sources(run: RunDir, stage: Figures) -> list[Figures]:
-    """What a recipe read: the record's true shares, and the dataset's own account where it still is what it was."""
-    from picollm.files import sha256_file
-
+    """What a recipe read: the record's true shares, and the dataset's own account where it can be found."""
     found = []
-    read = {part["dataset"]: part for part in (stage["result"] or {}).get("data", [])}
-    for source in stage["recipe"].get("data", []):
-        folder = datasets_dir(run.base) / source["dataset"]
-        # Of a download with more shards by now, the record that this run was trained on stays in `older`.
-        records = [path for path in (folder / "dataset.json", *folder.glob("older/*.json")) if path.is_file()]
-        path = next((path for path in records if sha256_file(path) == source["sha256"]), None)
-        description = _read(path) if path else None
-        figures = {**read.get(source["dataset"], {}), **source, "unchanged": description is not None}
-        if description is not None:
+    sources = stage["recipe"].get("data", [])
+    read = (stage["result"] or {}).get("data") or [{}] * len(sources)
+    for source, part in zip(sources, read, strict=True):  # in one order; `[[sft.mix]]` may name a dataset twice
+        figures = {**part, **source}
+        if path := run.find_dataset_record(source["dataset"], source["sha256"]):
+            description = read_json(path)
             figures |= {key: description.get(key) for key in ("kind", "source", "totals", "files")}
         found.append(figures)
+    return found
+
+
+def _commands(events: list[Event], first: Figures) -> list[Figures]:
+    """The commands that worked on the run: stages in order, and what was not as when the run was made.
+
+    Args:
+        first: what `environment.json` says.
+    """
+    was = dict(flatten(first))
+    found: list[Figures] = []
+    for event in events:
+        if event["kind"] != "command":
+            continue
+        now = dict(flatten({key: value for key, value in event.items() if key not in ("v", "t", "stage", "kind")}))
+        command = now.pop("command", [])
+        other = {key: [was[key], value] for key, value in now.items() if key in was and was[key] != value}
+        stage = event["stage"].partition("/")[0]
+        if found and (found[-1]["command"], found[-1]["other"]) == (command, other):
+            found[-1]["stages"] += [stage] if stage not in found[-1]["stages"] else []
+        else:
+            found.append({"started_at": _utc(event["t"]), "stages": [stage], "command": command, "other": other})
     return found
 
 

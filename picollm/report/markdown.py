@@ -37,6 +37,7 @@ def render(figures: Figures, *, plot: str | None) -> str:
         *_evaluation(figures),
         *_samples(figures),
         *_notes(figures),
+        *_commands(figures),
         *_environment(figures),
         *_use(figures),
     ]
@@ -223,8 +224,27 @@ def _notes(figures: Figures) -> list[str]:
     return ["\n".join(["## Notes", "", *lines])] if lines else []
 
 
+def _commands(figures: Figures) -> list[str]:
+    rows = [
+        (
+            entry["started_at"],
+            ", ".join(entry["stages"]),
+            _fact("command", entry["command"]),
+            "; ".join(f"`{key}` {plain(now)}, not {plain(was)}" for key, (was, now) in entry["other"].items())
+            or ABSENT,
+        )
+        for entry in figures["commands"]
+    ]
+    head = ["From", "Stages", "Command", "Other than under Environment"]
+    return ["## Commands\n\n" + table(head, rows)] if rows else []
+
+
 def _environment(figures: Figures) -> list[str]:
-    rows = [(f"`{key}`", _fact(key, value)) for key, value in flatten(figures["environment"]) if key != "schema"]
+    """Code and machine of the command that made the run."""
+    facts = dict(figures["environment"])
+    packages = facts.pop("packages", {})
+    rows = [(f"`{key}`", _fact(key, value)) for key, value in flatten(facts) if key != "schema"]
+    rows += [("`packages`", plain(packages))] if packages else []
     return ["## Environment\n\n" + table(["", ""], rows)] if rows else []
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,14 @@ def _measure(config: dict[str, Any], rank: int, events: EventWriter | None) -> d
 
 
 if __name__ == "__main__":
+    code = 1
     try:
         code = main(Path(sys.argv[1]))
     except PicollmError as error:
         print(error.message, error.cause or "", file=sys.stderr)
         code = error.exit_code
-    sys.exit(code)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as a worker of a run: a rank that fails must not wait at exit for NCCL, nor its peers for it

@@ -89,8 +89,9 @@ def _cuda(torch: Any) -> dict[str, Any]:
             torch.cuda.init()  # says what `is_available` swallows: no driver, driver too old, CPU build
         except Exception as error:
             reason = first_line(error)
-    cudnn = torch.backends.cudnn.version() if available else None
-    return {"available": available, "reason": reason, "cudnn": cudnn}
+    from picollm.model.attention import cudnn_version
+
+    return {"available": available, "reason": reason, "cudnn": cudnn_version() if available else None}
 
 
 def _devices(torch: Any) -> list[dict[str, Any]]:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
-import torch
 
 from picollm.config.recipe import TrainRecipe
 from picollm.data.conversations import Conversation
 from picollm.data.datasets import Dataset
 from picollm.data.mixture import Mixture
-from picollm.data.packing import Batches, RowPacker
+from picollm.data.packing import IGNORED, RowPacker
 from picollm.data.token_source import Encoded, LiveTokens
 from picollm.errors import ConfigError
+from picollm.evaluate.nats import Ranks, Row, nats_of_rows, rows_per_pass
 from picollm.model.gpt import GPT
-from picollm.stages.training import load_first_weights, read_inputs, run_training
+from picollm.stages.training import Inputs, evaluating, load_first_weights, read_inputs, run_training
 from picollm.tokenizer.chat_format import has_target, render
 from picollm.tokenizer.tokenizer import Tokenizer
+from picollm.train import distributed
 from picollm.worker import Worker, run
 
 VALIDATION_ROWS = 256
 
 
-def mix(datasets: list[Dataset], recipe: TrainRecipe, split: str) -> list[Conversation]:
-    """Conversations of all sources by weight: the largest share is taken whole, the others are repeated or thinned."""
-    parts = [dataset.conversations(split) for dataset in datasets]
+def validation_mix(datasets: list[Dataset], recipe: TrainRecipe) -> list[Conversation]:
+    """Held-back conversations of all sources by weight: the largest share is whole, the others repeated or thinned."""
+    parts = [dataset.conversations("validation") for dataset in datasets]
     if len(parts) == 1:
         return parts[0]
     weights = [source.weight for source in recipe.data]
@@ -39,7 +43,7 @@ def mix(datasets: list[Dataset], recipe: TrainRecipe, split: str) -> list[Conver
         wanted = max(1, round(total * weight))
         whole, rest = divmod(wanted, len(part))
         mixed += part * whole + random.Random(f"{recipe.seed}/{source.dataset}").sample(part, rest)
-    # Source after source would stay together: of a large dataset only blocks of neighbours are permuted.
+    # Rows of the first 256 are scored; source after source would leave some out.
     random.Random(f"{recipe.seed}/mix").shuffle(mixed)
     return mixed
 
@@ -66,62 +70,102 @@ def tokens_of(conversations: list[Conversation], tokenizer: Tokenizer, length: i
     return LiveTokens(encode, len(conversations), limit=length)
 
 
-@torch.no_grad()
-def validation_loss(
-    model: GPT, conversations: list[Conversation], tokenizer: Tokenizer, length: int, batch: int
-) -> float | None:
-    """Nats per trained token over packed validation conversations; None when there are none to score."""
+def train_sources(worker: Worker, inputs: Inputs) -> list[LiveTokens]:
+    """The conversations of each dataset that hold something to learn, as tokens.
+
+    Raises:
+        ConfigError: a dataset has none.
+    """
+    length = inputs.recipe.model.max_position_embeddings
+    sources = []
+    for dataset in inputs.datasets:
+        conversations = dataset.conversations("train")
+        kept, left_out = learnable(conversations, inputs.tokenizer, length)
+        _say_left_out(worker, "train", left_out, length, of=f" of `{dataset.name}`")
+        if not kept:
+            raise ConfigError(
+                f"there is nothing to fine-tune on in `{dataset.name}`",
+                cause=f"in every conversation the first reply comes after {length:,} tokens, more than the model reads"
+                if conversations
+                else "all of its conversations are validation",
+                hint="use more or shorter conversations, or a new run with a larger `model.max_position_embeddings`",
+            )
+        sources.append(tokens_of(kept, inputs.tokenizer, length))
+    return sources
+
+
+def _say_left_out(worker: Worker, split: str, count: int, length: int, of: str = "") -> None:
+    if count:
+        worker.note(
+            f"{split}: left out {count:,} of the conversations{of}, because what comes before the first reply fills "
+            f"the {length:,} tokens that the model reads",
+            level="warning",
+        )
+
+
+def validation_rows(conversations: list[Conversation], tokenizer: Tokenizer, length: int) -> list[Row]:
+    """Packed rows of as many conversations as there are, VALIDATION_ROWS at most: inputs and targets, (length,) each.
+
+    There are none where no conversation holds a token to score.
+    """
     if not conversations:
+        return []
+    packer = RowPacker(
+        Mixture([tokens_of(conversations, tokenizer, length)], [1.0], seed=0), length=length, bos=tokenizer.bos,
+        seed=0, buffer_size=min(64, len(conversations)), packing="whole",
+    )  # fmt: skip
+    ids, mask = np.empty(length + 1, dtype=np.int32), np.empty(length + 1, dtype=bool)
+    rows: list[Row] = []
+    placed = 0
+    with contextlib.suppress(ConfigError):  # nothing to learn from
+        while len(rows) < VALIDATION_ROWS and placed < len(conversations):
+            plan = packer.plan_row()
+            packer.gather(plan, ids, mask)
+            packer.forget()
+            placed += len(plan)
+            rows.append((ids[:-1].copy(), np.where(mask[1:], ids[1:], IGNORED)))
+    return rows
+
+
+def validation_loss(
+    model: GPT,
+    rows: list[Row],
+    ranks: Ranks | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> float | None:
+    """Nats per trained token over `validation_rows`, the same on every rank; None when there are none to score.
+
+    Args:
+        on_progress: as in `nats_of_rows`, with the share done.
+    """
+    if not rows:
         return None
-    try:
-        packer = RowPacker(
-            Mixture([tokens_of(conversations, tokenizer, length)], [1.0], seed=0), length=length, bos=tokenizer.bos,
-            seed=0, buffer_size=min(64, len(conversations)), packing="whole",
-        )  # fmt: skip
-        batches = Batches(packer, rows_per_step=batch, device_batch_size=batch, rank=0, world=1)
-        device = model.embed_tokens.device
-        nats, count = 0.0, 0
-        while packer.row < VALIDATION_ROWS and packer.epoch < 1.0 + packer.buffer_size / len(conversations):
-            [(ids, targets)], found = batches.next_step()
-            nats += float(model.nats(torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device)).sum())
-            count += found
-    except ConfigError:
-        return None
-    return nats / count
+    per_pass = rows_per_pass(model, len(rows[0][0]))
+    nats = nats_of_rows(model, rows, per_pass, ranks, lambda done: on_progress(done / len(rows)))
+    return math.fsum(nats) / sum(int((targets != IGNORED).sum()) for _, targets in rows)
 
 
 def main(worker: Worker) -> None:
     inputs = read_inputs(worker)
     recipe, tokenizer = inputs.recipe, inputs.tokenizer
     length = recipe.model.max_position_embeddings
-    parts: dict[str, list[Conversation]] = {}
-    for split in ("train", "validation"):
-        mixed = mix(inputs.datasets, recipe, split)
-        parts[split], left_out = learnable(mixed, tokenizer, length)
-        if left_out:
-            worker.note(
-                f"{split}: left out {left_out:,} of the conversations, because what comes before the first reply fills "
-                f"the {length:,} tokens that the model reads",
-                level="warning",
-            )
-        if mixed and not parts[split] and split == "train":
-            raise ConfigError(
-                "there is nothing to fine-tune on",
-                cause=f"in every conversation the first reply comes after {length:,} tokens, more than the model reads",
-                hint="use shorter conversations, or a new run with a larger `model.max_position_embeddings`",
-            )
-    train, validation = parts["train"], parts["validation"]
+    sources = train_sources(worker, inputs)
+    validation, left_out = learnable(validation_mix(inputs.datasets, recipe), tokenizer, length)
+    _say_left_out(worker, "validation", left_out, length)
+
+    rows = cache(lambda: validation_rows(validation, tokenizer, length))  # packed once, as each time would be alike
 
     def evaluate(model: GPT, step: int) -> dict[str, float]:
-        loss = validation_loss(model, validation, tokenizer, length, inputs.runtime.device_batch_size)
+        with evaluating(worker) as look:
+            loss = validation_loss(model, rows(), distributed.ranks(), look)
         return {} if loss is None else {"val_loss": round(loss, 6)}
 
     assert recipe.init_from is not None
     run_training(
         worker,
         inputs,
-        sources=[tokens_of(train, tokenizer, length)],
-        weights=[1.0],
+        sources=sources,
+        weights=[source.weight for source in recipe.data],
         evaluate=evaluate,
         initialise=lambda model: load_first_weights(model, worker, "pretrain", recipe.init_from),
     )

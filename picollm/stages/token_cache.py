@@ -94,16 +94,16 @@ def _see_that_they_are_there(worker: Worker, inputs: Inputs, chosen: list[Datase
 
 
 def _progress(worker: Worker, dataset: Dataset) -> cache.Progress:
-    told_at = 0.0
+    told, told_at = "", 0.0
 
-    def tell(done: int, total: int) -> None:
-        nonlocal told_at
+    def tell(doing: str, done: int, total: int) -> None:
+        nonlocal told, told_at
         if worker.should_stop():
-            raise Interrupted(f"stopped while `{dataset.name}` was being tokenised; what is done stays")
-        if (now := time.monotonic()) - told_at >= TELL_EVERY_S:
-            told_at = now
-            share = f"{done / max(1, total):.0%}"
-            worker.event("phase", text=f"tokenising {dataset.name}, {share} of {total:,} documents…")
+            raise Interrupted(f"stopped before the tokens of `{dataset.name}` were there; what is done stays")
+        if doing != told or time.monotonic() - told_at >= TELL_EVERY_S:
+            told, told_at = doing, time.monotonic()
+            share = f", {100 * done // total} %" if total else ""
+            worker.event("phase", text=f"{doing}{share}…")
 
     return tell
 
@@ -115,4 +115,4 @@ def _wait_for_rank_0(worker: Worker) -> None:
             raise WorkerError("another process of the stage failed while it made the token cache")
         time.sleep(POLL_S)
     if stage.tokens_path.read_text() == STOPPED:
-        raise Interrupted("stopped while tokenising; what is done stays")
+        raise Interrupted("stopped before the tokens were there; what is done stays")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +17,19 @@ from picollm.data.datasets import Dataset
 from picollm.data.mixture import Mixture
 from picollm.data.packing import Batches, RowPacker
 from picollm.data.token_source import TokenSource
-from picollm.errors import ConfigError, IntegrityError
+from picollm.errors import ConfigError, IntegrityError, Interrupted
 from picollm.files import read_json, sha256_json
 from picollm.model.attention import attention_device, kernel_that_ran
 from picollm.model.gpt import GPT
 from picollm.run_dir import StageDir
 from picollm.tokenizer.tokenizer import Tokenizer
-from picollm.train import checkpoint
+from picollm.train import checkpoint, distributed
 from picollm.train.checkpoint_files import checkpoint_dir
 from picollm.train.loop import Job, train
 from picollm.train.step import Trainer, build_trainer
 from picollm.worker import Worker
 
+TELL_EVERY_S = 1.0
 PUT_BACK = "put the original back, or start a new run with `--run NAME`"
 
 
@@ -106,7 +109,7 @@ def run_training(
 
     Args:
         sources: documents as tokens, with their shares `weights`.
-        evaluate: model and rank 0's step -> values to record.
+        evaluate: model and step -> values to record; called on all ranks, see `evaluating`.
         initialise: gives a stage's first weights, where they are not random.
     """
     recipe, runtime, stage = inputs.recipe, inputs.runtime, worker.stage
@@ -156,11 +159,11 @@ def run_training(
 
 def _what_was_read(packer: RowPacker, names: Sequence[str]) -> dict[str, Any]:
     """For the stage record: per dataset documents, tokens, epochs and true share, and the share of tokens cut."""
-    drawn = packer.documents.describe()
-    figures: dict[str, Any] = {"cut_share": round(packer.cut_share, 4)}
-    if len(drawn) == len(names):
-        figures["data"] = [{"dataset": name, **part} for name, part in zip(names, drawn, strict=True)]
-    return figures
+    drawn = zip(names, packer.documents.describe(), strict=True)
+    return {
+        "cut_share": round(packer.cut_share, 4),
+        "data": [{"dataset": name, **part} for name, part in drawn],
+    }
 
 
 def _tell_how(worker: Worker, inputs: Inputs, attention: AttentionChoice, trainer: Trainer) -> None:
@@ -191,3 +194,28 @@ def load_first_weights(model: GPT, worker: Worker, source: str, sha256: str) -> 
     with torch.no_grad():
         for own, first in zip(model.parameters(), loaded.model.parameters(), strict=True):
             own.copy_(first)
+
+
+@contextlib.contextmanager
+def evaluating(worker: Worker) -> Iterator[Callable[[float], None]]:
+    """Say so while the body evaluates, and end it on all ranks when one of them was asked to stop.
+
+    Yields:
+        to be called with the share done, equally often on all ranks.
+
+    Raises:
+        Interrupted: in that call, on all ranks.
+    """
+    worker.event("phase", text="evaluating…")
+    told_at = time.monotonic()
+
+    def look(share: float) -> None:
+        nonlocal told_at
+        if distributed.any_rank(worker.should_stop()):
+            raise Interrupted("stopped while it evaluated; the weights are saved")
+        if (now := time.monotonic()) - told_at >= TELL_EVERY_S:
+            told_at = now
+            worker.event("phase", text=f"evaluating, {share:.0%} done…")
+
+    yield look
+    worker.event("phase", text="")

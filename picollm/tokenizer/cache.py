@@ -12,28 +12,33 @@ read: the cache is thrown away and made again, because everything in it can be.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from picollm.data.datasets import Dataset
 from picollm.data.pool import in_processes
 from picollm.data.token_source import CachedTokens
 from picollm.errors import HostError, IntegrityError
-from picollm.files import SCHEMA, disk_errors, fsync_path, read_json, sha256_file, write_json
+from picollm.files import SCHEMA, disk_errors, read_json, write_json
 from picollm.locks import hold_lock
+from picollm.tokenizer.cache_parts import (
+    Part,
+    count_finished,
+    hash_parts,
+    is_finished,
+    open_part,
+    sweep,
+    token_dtype,
+    write_part,
+)
 from picollm.tokenizer.tokenizer import Tokenizer
 
 INDEX = "index.json"
 # Characters of text in one part: work for one process for a few seconds.
 PART_CHARS = 16_000_000
-BATCH_DOCUMENTS = 256
 # Bytes of cache for a character of text before it is tokenised: two bytes for a token of about four characters.
 BYTES_PER_CHAR = 0.6
 CHARS_PER_TOKEN = 4
@@ -41,8 +46,13 @@ CHARS_PER_TOKEN = 4
 # one by one while training.
 WORTH_IT = 0.5
 
-# (documents tokenised, documents in all); what it raises ends the build, finished parts stay
-Progress = Callable[[int, int], None]
+# (what is being done, how much of it, of how much: 0 where that is not known), several times a second and at once when
+# something else begins; what it raises ends the work, finished parts stay
+Progress = Callable[[str, int, int], None]
+
+
+def _quiet(doing: str, done: int, total: int) -> None:
+    """Tell nobody."""
 
 
 def cache_dir(base: Path, dataset: Dataset, tokenizer: Tokenizer) -> Path:
@@ -71,29 +81,44 @@ def wanted(dataset: Dataset, tokens: float, limit_bytes: float, readers: int = 1
     return True, "the run reads most of the dataset" if readers == 1 else "all ranks read the same text"
 
 
-def open_cache(base: Path, dataset: Dataset, tokenizer: Tokenizer, *, verify: bool = True) -> CachedTokens | None:
+def open_cache(
+    base: Path, dataset: Dataset, tokenizer: Tokenizer, *, verify: bool = True, on_progress: Progress = _quiet
+) -> CachedTokens | None:
     """The finished cache, or None.
 
     A damaged one counts as none: `build` makes it again.
 
     Args:
-        verify: hash every byte first; not needed where another process of the stage just did.
+        verify: hash every byte first; not needed where another process of the stage just did. Sizes are compared
+            with the index anyway.
     """
     folder = cache_dir(base, dataset, tokenizer)
     try:
         index = _read_index(folder, dataset, tokenizer)
-        if verify and not _is_intact(folder, index):
-            return None
+        parts = [
+            open_part(
+                folder,
+                part["name"],
+                token_dtype(tokenizer),
+                num_documents=part["documents"],
+                num_tokens=part["tokens"],
+            )
+            for part in index["parts"]
+        ]
+        if verify:
+            hashes = _checked(folder, dataset, [part["name"] for part in index["parts"]], on_progress)
+            if hashes != [part["sha256"] for part in index["parts"]]:
+                return None
         with contextlib.suppress(OSError):  # somebody else's cache is as good
             os.utime(folder / INDEX)  # the one used longest ago goes first when room is short
-        return CachedTokens([_open_part(folder, part["name"], index["dtype"]) for part in index["parts"]])
+        return CachedTokens(parts)
     except (OSError, IntegrityError, KeyError, TypeError, ValueError):
         return None
 
 
-def _is_intact(folder: Path, index: dict[str, Any]) -> bool:
-    sums = _hash_parts(folder, [part["name"] for part in index["parts"]])
-    return all(part["sha256"] == found for part, found in zip(index["parts"], sums, strict=True))
+def _checked(folder: Path, dataset: Dataset, names: list[str], on_progress: Progress) -> list[str]:
+    doing = f"checking the tokens of {dataset.name}"
+    return hash_parts(folder, names, lambda done: on_progress(doing, done, len(names)))
 
 
 def build(
@@ -104,116 +129,108 @@ def build(
     processes: int,
     limit_bytes: float,
     keep: Collection[Path] = (),
-    on_progress: Progress | None = None,
+    on_progress: Progress = _quiet,
 ) -> CachedTokens:
     """Open the cache, after making what is missing of it.
+
+    While another process makes the same one, wait; when that one ends, however it does, go on from what it has made.
 
     Args:
         processes: that tokenise side by side; one works in this process.
         limit_bytes: room for all caches together; those used longest ago are removed for it, but none of `keep`.
-        on_progress: called several times a second.
 
     Raises:
         IntegrityError: a shard of the dataset is not as recorded; it is named.
         HostError: the disk is full.
     """
     folder = cache_dir(base, dataset, tokenizer)
-    with hold_lock(_lock_of(folder), f"the token cache of `{dataset.name}`", wait_s=60):
-        if (found := open_cache(base, dataset, tokenizer)) is not None:
+    parts = _parts_of(dataset)
+
+    def on_wait(pid: str) -> None:
+        if (folder / INDEX).exists():
+            on_progress(f"another run (process {pid}) is checking the tokens of {dataset.name}", 0, 0)
+        else:
+            doing = f"another run (process {pid}) is making the tokens of {dataset.name}"
+            on_progress(doing, count_finished(folder), len(parts))
+
+    with hold_lock(_lock_of(folder), f"the token cache of `{dataset.name}`", on_wait=on_wait):
+        if (found := open_cache(base, dataset, tokenizer, on_progress=on_progress)) is not None:
             return found
         if (folder / INDEX).exists():  # finished, and yet not readable as recorded
             shutil.rmtree(folder)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
             _make_room(folder, expected_bytes(dataset), limit_bytes, keep)
             _check_disk(folder, expected_bytes(dataset))
-        documents = dataset.rows("train")
-        rows = max(1, PART_CHARS * documents // max(1, dataset.chars("train")))
-        tasks = [(f"part-{i:05d}", i * rows, min((i + 1) * rows, documents)) for i in range(-(-documents // rows))]
-        _run(folder, dataset, base, tokenizer, tasks, processes, on_progress)
-        parts = []
-        sums = _hash_parts(folder, [name for name, _, _ in tasks])
-        for (name, start, end), digest in zip(tasks, sums, strict=True):
-            tokens, offsets = _open_part(folder, name, _dtype(tokenizer).name)
-            if len(offsets) != end - start + 1:
-                raise IntegrityError(
-                    f"`{folder / name}` of the token cache is damaged", hint=f"remove `{folder}`; it is made again"
-                )
-            parts.append({"name": name, "documents": end - start, "tokens": len(tokens), "sha256": digest})
-        write_json(
-            folder / INDEX,
-            {
-                "schema": SCHEMA,
-                "dataset_sha256": dataset.sha256,
-                "tokenizer_sha256": tokenizer.sha256,
-                "dtype": _dtype(tokenizer).name,
-                "parts": parts,
-            },
-        )
+        _tokenize(folder, dataset, base, tokenizer, parts, processes, on_progress)
+        _write_index(folder, dataset, tokenizer, parts, on_progress)
     made = open_cache(base, dataset, tokenizer, verify=False)  # its hashes are of what was read just now
     if made is None:
         raise IntegrityError(f"the token cache `{folder}` does not read back as written", hint="check the disk")
     return made
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def _parts_of(dataset: Dataset) -> list[Part]:
+    documents = dataset.rows("train")
+    rows = max(1, PART_CHARS * documents // max(1, dataset.chars("train")))
+    return [Part(f"part-{i:05d}", i * rows, min((i + 1) * rows, documents)) for i in range(-(-documents // rows))]
+
+
+def _identity(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the index says the parts are of."""
+    return {
+        "schema": SCHEMA,
+        "dataset_sha256": dataset.sha256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "dtype": token_dtype(tokenizer).name,
+    }
 
 
 def _read_index(folder: Path, dataset: Dataset, tokenizer: Tokenizer) -> dict[str, Any]:
     index = read_json(folder / INDEX)
-    if (index["schema"], index["dataset_sha256"], index["tokenizer_sha256"]) != (
-        SCHEMA, dataset.sha256, tokenizer.sha256,
-    ):  # fmt: skip
+    expected = _identity(dataset, tokenizer)
+    if {key: index[key] for key in expected} != expected:
         raise ValueError("another dataset or tokenizer")
     if sum(part["documents"] for part in index["parts"]) != dataset.rows("train"):
         raise ValueError("documents are missing")
     return index
 
 
-def _hash_part(folder: Path, name: str) -> str:
-    files = (folder / f"{name}.tokens", folder / f"{name}.offsets.npy")
-    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+def _write_index(
+    folder: Path, dataset: Dataset, tokenizer: Tokenizer, parts: list[Part], on_progress: Progress
+) -> None:
+    """Look at what was made and finish the cache with its record.
 
-
-def _hash_parts(folder: Path, names: list[str]) -> list[str]:
-    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-        return list(threads.map(lambda name: _hash_part(folder, name), names))
-
-
-def _open_part(folder: Path, name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    path = folder / f"{name}.offsets.npy"
-    with open(path, "rb") as file:
-        if (version := np.lib.format.read_magic(file)) != (1, 0):
-            raise ValueError(f"its array format is {version}")
-        shape, _, kind = np.lib.format.read_array_header_1_0(file)
-        start = file.tell()
-    offsets = _mapped(path, kind, start)
-    if offsets.shape != shape:
-        raise ValueError("offsets are missing")
-    return _mapped(folder / f"{name}.tokens", np.dtype(dtype), 0), offsets
-
-
-def _mapped(path: Path, dtype: np.dtype, start: int) -> np.ndarray:
-    """A file's values from a byte on, mapped.
-
-    Not by `np.memmap`, which keeps a file open for as long as it is mapped: a large dataset has thousands of parts, and
-    a process may often have 1 024 files open.
+    Raises:
+        IntegrityError: a part is not as it was made.
     """
-    import pyarrow
-
-    with pyarrow.memory_map(str(path)) as file:
-        return np.frombuffer(file.read_buffer(), dtype=dtype, offset=start)
+    dtype, entries = token_dtype(tokenizer), []
+    try:
+        hashes = _checked(folder, dataset, [part.name for part in parts], on_progress)
+        for part, digest in zip(parts, hashes, strict=True):
+            documents = part.num_documents
+            tokens, _ = open_part(folder, part.name, dtype, num_documents=documents)
+            entries.append({"name": part.name, "documents": documents, "tokens": len(tokens), "sha256": digest})
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            f"the token cache `{folder}` was changed while it was made",
+            cause=str(error),
+            hint="run the same command again; what is missing is made again",
+        ) from error
+    sweep(folder)
+    write_json(folder / INDEX, _identity(dataset, tokenizer) | {"parts": entries})
 
 
 def _make_room(folder: Path, needed: float, limit: float, keep: Collection[Path]) -> None:
     """Remove other caches, those used longest ago first, until this one fits beside them."""
     others = []
     for other in folder.parent.iterdir():
-        if other.is_dir() and other != folder:
-            index = other / INDEX
-            used = index.stat().st_mtime if index.exists() else other.stat().st_mtime
-            others.append((used, other, sum(file.stat().st_size for file in other.iterdir())))
+        with contextlib.suppress(FileNotFoundError):  # another run makes room as well
+            if other.is_dir() and other != folder:
+                index = other / INDEX
+                used = index.stat().st_mtime if index.exists() else other.stat().st_mtime
+                others.append((used, other, _bytes_in(other)))
     total = sum(size for _, _, size in others)
     for _, other, size in sorted(others):
         if total + needed <= limit:
@@ -227,13 +244,21 @@ def _make_room(folder: Path, needed: float, limit: float, keep: Collection[Path]
 
 def _check_disk(folder: Path, expected: float) -> None:
     """Raises HostError: what is still to be written does not fit. Said now, not after an hour of tokenising."""
-    needed = expected - sum(file.stat().st_size for file in folder.iterdir())
+    needed = expected - _bytes_in(folder)
     if (free := shutil.disk_usage(folder).free) < needed:
         raise HostError(
             f"there is no room for the token cache `{folder}`",
             cause=f"about {needed / 2**30:.1f} GiB are to come, {free / 2**30:.1f} GiB are free",
             hint="free some, or tokenise while training: `--set data.cache_gib=0`",
         )
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a file that is being written gets another name
+            total += file.stat().st_size
+    return total
 
 
 def _lock_of(folder: Path) -> Path:
@@ -243,30 +268,30 @@ def _lock_of(folder: Path) -> Path:
 # -- tokenising -------------------------------------------------------------------------------------------------------
 
 
-def _run(
+def _tokenize(
     folder: Path,
     dataset: Dataset,
     base: Path,
     tokenizer: Tokenizer,
-    tasks: list[tuple[str, int, int]],
+    parts: list[Part],
     processes: int,
-    on_progress: Progress | None,
+    on_progress: Progress,
 ) -> None:
-    missing = [task for task in tasks if not (folder / f"{task[0]}.offsets.npy").exists()]
-    total = tasks[-1][2] if tasks else 0
-    done = total - sum(end - start for _, start, end in missing)
+    """Write the parts that are missing or short."""
+    missing = [part for part in parts if not is_finished(folder, part, token_dtype(tokenizer))]
+    total = sum(part.num_documents for part in parts)
+    done = total - sum(part.num_documents for part in missing)
 
     def tell(more: int) -> None:
         nonlocal done
         done += more
-        if on_progress:
-            on_progress(done, total)
+        on_progress(f"tokenising {dataset.name}", done, total)
 
     tell(0)
     if processes == 1 or len(missing) <= 1:
         documents = dataset.documents("train")
-        for task in missing:
-            _tokenize(folder, documents, tokenizer, task, tell)
+        for part in missing:
+            write_part(folder, documents, tokenizer, part, tell)
         return
     setup = (folder, dataset.name, dataset.sha256, base, tokenizer.json)
     work = in_processes(
@@ -286,29 +311,7 @@ def _open(folder: Path, name: str, sha256: str, base: Path, tokenizer_json: byte
     _worker = (folder, Dataset.open(name, base, keep=(sha256,)).documents("train"), Tokenizer(tokenizer_json))
 
 
-def _work(task: tuple[str, int, int]) -> int:
+def _work(part: Part) -> int:
     folder, documents, tokenizer = _worker
-    _tokenize(folder, documents, tokenizer, task, lambda more: None)
-    return task[2] - task[1]
-
-
-def _tokenize(
-    folder: Path, documents: Any, tokenizer: Tokenizer, task: tuple[str, int, int], tell: Callable[[int], None]
-) -> None:
-    """Write one part; its offsets come last and under their name only when both files are on disk."""
-    name, first, end = task
-    path, dtype = folder / f"{name}.tokens", _dtype(tokenizer)
-    offsets = np.zeros(end - first + 1, dtype=np.uint64)
-    with disk_errors(path):
-        with open(path, "wb") as file:
-            for start in range(first, end, BATCH_DOCUMENTS):
-                texts = documents[start : min(start + BATCH_DOCUMENTS, end)]
-                for i, ids in enumerate(tokenizer.encode_batch(texts), start - first):
-                    file.write(np.array(ids, dtype=dtype).tobytes())
-                    offsets[i + 1] = offsets[i] + np.uint64(len(ids))
-                tell(len(texts))
-        fsync_path(path)
-        temporary = folder / f"{name}.offsets.tmp.npy"
-        np.save(temporary, offsets, allow_pickle=False)
-        fsync_path(temporary)
-        os.replace(temporary, folder / f"{name}.offsets.npy")
+    write_part(folder, documents, tokenizer, part, lambda more: None)
+    return part.num_documents

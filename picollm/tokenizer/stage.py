@@ -7,8 +7,11 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from picollm.config.schema import RunConfig
-from picollm.data import datasets
 from picollm.data.conversations import Conversation
+from picollm.data.dataset_record import ShardFile
+from picollm.data.datasets import Dataset
+from picollm.data.registry import TOY_WORLD, TOY_WORLD_CHAT
+from picollm.data.toy_datasets import ensure
 from picollm.errors import ConfigError
 from picollm.files import sha256_file, sha256_json
 from picollm.run_dir import RunDir, StageDir
@@ -20,7 +23,7 @@ def train_stage(
     config: RunConfig,
     *,
     on_progress: Callable[[int, int], None] | None = None,
-    wait_for: Callable[[datasets.Dataset, datasets.ShardFile], None] | None = None,
+    wait_for: Callable[[Dataset, ShardFile], None] | None = None,
 ) -> dict[str, Any]:
     """Train the run's tokenizer unless it is there already, and return the stage's record.
 
@@ -42,15 +45,15 @@ def train_stage(
     """
     used = run.dataset_hashes()
     weights = dict(config.data.sources)
-    sources = [datasets.ensure(name, base=run.base, keep=used) for name in weights]
+    sources = [ensure(name, base=run.base, keep=used) for name in weights]
     if wrong := next((source for source in sources if source.kind != "text"), None):
         raise ConfigError(
             f"dataset `{wrong.name}` holds {wrong.kind}, not text",
             cause=f"`data.{'mix' if config.data.mix else 'dataset'}` is what pretraining and the tokenizer read",
             hint="name a dataset of text with `--set data.dataset=NAME`; `picollm data list` shows the kinds",
         )
-    if datasets.TOY_WORLD in weights:
-        sources.append(datasets.ensure(datasets.TOY_WORLD_CHAT, base=run.base, keep=used))
+    if TOY_WORLD in weights:
+        sources.append(ensure(TOY_WORLD_CHAT, base=run.base, keep=used))
     wanted = config.tokenizer
     recipe = {
         "data": {source.name: source.sha256 for source in sources},
@@ -75,8 +78,8 @@ def train_stage(
 
     def texts() -> Iterator[str]:
         streams = {source.name: _training_texts(source, wait_for) for source in sources}
-        if datasets.TOY_WORLD in streams:
-            streams[datasets.TOY_WORLD] = _alternate(streams[datasets.TOY_WORLD], streams.pop(datasets.TOY_WORLD_CHAT))
+        if TOY_WORLD in streams:
+            streams[TOY_WORLD] = _alternate(streams[TOY_WORLD], streams.pop(TOY_WORLD_CHAT))
         every = _in_proportion([(streams[name], weight) for name, weight in weights.items()], wanted.doc_chars)
         for text in capped(every, max_chars=wanted.max_chars, doc_chars=wanted.doc_chars):
             counts["documents"] += 1
@@ -136,9 +139,7 @@ def _is_intact(stage: StageDir, record: dict[str, Any]) -> bool:
     return all(sha256_file(stage.path / name) == entry["sha256"] for name, entry in record["outputs"].items())
 
 
-def _training_texts(
-    dataset: datasets.Dataset, wait_for: Callable[[datasets.Dataset, datasets.ShardFile], None] | None
-) -> Iterable[str]:
+def _training_texts(dataset: Dataset, wait_for: Callable[[Dataset, ShardFile], None] | None) -> Iterable[str]:
     if dataset.kind == "text":
         return dataset.stream("train", wait_for and (lambda file: wait_for(dataset, file)))
     return map(_said, dataset.conversations("train"))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from picollm.errors import HostError, PicollmError, WorkerError
+from picollm.errors import HostError, PicollmError, WorkerError, first_line
 from picollm.files import SCHEMA, disk_errors
 from picollm.model.gpt import GPT
 from picollm.optim.optimizer import MuonAdamW
@@ -61,8 +61,8 @@ class Saver:
     Args:
         keep_last: checkpoints to keep; the newest is always among them.
         asynchronous: `save` returns when the state is copied, and a thread writes it. The copy takes as much host
-            memory as weights and state of the rank, or up to twice that where it is pinned (torch rounds each tensor
-            up to a power of two), and keeps it; where that is not to be had, saving becomes synchronous.
+            memory as weights and state of the rank (`memory.copies_bytes`) and keeps it; where that is not to be had,
+            saving becomes synchronous, which needs room for one tensor.
         stopped: whether this rank was asked to end; see `checkpoint_parts.await_end`.
         attempt: a name that all ranks know and no other start of this stage has; None agrees on one, which every
             rank must take part in.
@@ -89,7 +89,7 @@ class Saver:
         self._serial = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[Saved | None]] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: list[dict[str, Tensor]] = []
         self._saved: list[Saved] = []
         self._failure: PicollmError | None = None
 
@@ -108,12 +108,13 @@ class Saver:
         shards = [shard for shard in optimizer.shards() if shard.rows[0] < shard.rows[1]]
         state = {shard.name: shard.tensor for shard in shards}
         assert len(state) == len(shards), "a rank has one range of rows of a tensor"
+        weights, state = self._still(dict(model.named_parameters()) if self.rank == 0 else {}, state)
         work = _Work(
             step=step,
             temporary=files.temporary_dir(self.stage, step, attempt),
             attempt=attempt,
-            weights=self._still("weights", dict(model.named_parameters()) if self.rank == 0 else {}),
-            state=self._still("state", state),
+            weights=weights,
+            state=state,
             where={shard.name: {"shape": list(shard.shape), "rows": list(shard.rows)} for shard in shards},
             # Through JSON: a copy, and a complaint here about what cannot be written.
             meta=json.loads(json.dumps({"schema": SCHEMA, "step": step, "model": model.arch.model_dump(), **meta})),
@@ -165,31 +166,31 @@ class Saver:
             if saved is not None:
                 self._saved.append(saved)
 
-    def _still(self, kind: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are now, on the CPU; copies if training goes on while they are written."""
-        if self.asynchronous:
-            try:
-                return self._copies(kind, named)
-            except (RuntimeError, MemoryError) as error:  # host memory, or its share that can be pinned, is used up
-                self.asynchronous = False
-                self._buffers.clear()
-                if self.warn is not None:
-                    self.warn(f"no memory to save beside training ({error}); training waits while it saves")
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    def _still(self, *groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The tensors as they are now: copies in host memory if training goes on while they are written."""
+        if not self.asynchronous:
+            return list(groups)
+        try:
+            return self._copies(groups)
+        except (RuntimeError, MemoryError) as error:  # host memory, or its share that can be pinned, is used up
+            reason = first_line(error)
+        self.asynchronous = False
+        self._buffers.clear()
+        if torch.cuda.is_initialized():
+            torch._C._host_emptyCache()  # or torch keeps what it has pinned
+        if self.warn is not None:
+            self.warn(f"no memory to save beside training ({reason}); training waits while it saves")
+        return list(groups)
 
-    def _copies(self, kind: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        copies, device = {}, None
-        for name, tensor in named.items():
-            buffer = self._buffers.get(f"{kind}/{name}")  # of an earlier save, which is over
-            if buffer is None:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[f"{kind}/{name}"] = buffer
-            buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-            copies[name] = buffer
-            device = tensor.device if tensor.is_cuda else device
-        if device is not None:
-            torch.cuda.current_stream(device).synchronize()
-        return copies
+    def _copies(self, groups: tuple[dict[str, Tensor], ...]) -> list[dict[str, Tensor]]:
+        if not self._buffers:
+            self._buffers = [tensors.host_buffers(group) for group in groups]
+        for group, copies in zip(groups, self._buffers, strict=True):  # what an earlier save left there is written
+            for name, tensor in group.items():
+                copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        for gpu in {tensor.device for group in groups for tensor in group.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(gpu).synchronize()  # the next step overwrites what is being copied
+        return self._buffers
 
     # -- on the thread -----------------------------------------------------------------------------------------------
 
@@ -197,6 +198,10 @@ class Saver:
         """Write this rank's part; on rank 0, also the rest, and commit."""
         temporary = work.temporary
         file = parts.part_name(self.rank, self.world)
+        for tensor in (*work.weights.values(), *work.state.values()):
+            if tensor.is_cuda:  # not copied yet; a thread starts on GPU 0, where other ranks' memory is
+                torch.cuda.set_device(tensor.device)
+                break
         try:
             files.begin(self.stage, work.step, work.attempt, rank=self.rank)
             part = tensors.write_part(temporary / "state" / file, work.state, work.where)

@@ -31,13 +31,33 @@ WEIGHTS = "model.safetensors"
 Read = Callable[[str, int, int], Tensor]
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _CHUNK_BYTES = 4 << 20
+# Torch rounds pinned memory up to a power of two, tensor by tensor; so tensors share blocks of this size.
+BLOCK_BYTES = 1 << 30
+_ALIGNMENT = 64
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+def host_buffers(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors like these in host memory, not filled; pinned for those of a GPU, which then copies without the host."""
+    buffers: dict[str, Tensor] = {}
+    sizes = {name: -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for name, tensor in named.items()}
+    left = sum(sizes.values())
+    block, start = torch.empty(0, dtype=torch.uint8), 0
+    for name, tensor in sorted(named.items(), key=lambda item: -item[1].nbytes):
+        if start + sizes[name] > block.numel():
+            size = max(sizes[name], min(BLOCK_BYTES, left))
+            block, start = torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda), 0
+        buffers[name] = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        start, left = start + sizes[name], left - sizes[name]
+    return buffers
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write CPU tensors as a safetensors file, on the disk when this returns. Returns its sha256.
+    """Write tensors as a safetensors file, on the disk when this returns. Returns its sha256.
+
+    One tensor of a GPU is in host memory at a time.
 
     Not by the library: before its version 0.8 it copies everything and keeps the interpreter locked meanwhile, so that
     training would stand still; and here the hash is taken in passing. The header says nothing of time, host or path.
@@ -55,20 +75,25 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
+
+    def put(data: bytes | memoryview) -> None:
+        for first in range(0, len(data), _CHUNK_BYTES):
+            chunk = data[first : first + _CHUNK_BYTES]
+            digest.update(chunk)
+            file.write(chunk)
+
     with disk_errors(path):
         with open(path, "wb") as file:
-            for data in (len(text).to_bytes(8, "little"), text, *(_raw(tensors[name]) for name in order)):
-                for first in range(0, len(data), _CHUNK_BYTES):
-                    chunk = data[first : first + _CHUNK_BYTES]
-                    digest.update(chunk)
-                    file.write(chunk)
+            put(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                put(_raw(tensors[name]))
         fsync_path(path)
     return digest.hexdigest()
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes where they are."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """A tensor's bytes, where they are if that is host memory."""
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def write_part(path: Path, tensors: dict[str, Tensor], where: dict[str, dict[str, list[int]]]) -> Part:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from picollm.errors import HostError
 
-# Rank 0 evaluates and saves while the others wait in the next collective.
+# Between two collectives each rank compiles by itself, and one whose save waits for its peers' files may come ten
+# minutes late (`checkpoint_parts.PEER_TIMEOUT_S`). Evaluations do not count: ranks meet after each round of passes.
 TIMEOUT = timedelta(minutes=30)
 
 # Renamed in torch 2.13, where the old names warn.
@@ -56,6 +57,11 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks(0, 1)
 
 
+def ranks_here() -> int:
+    """Ranks on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def start() -> torch.device:
     """Join the process group that torchrun describes in the environment; return this rank's device.
 
@@ -65,11 +71,15 @@ def start() -> torch.device:
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        _check_gpus(world, max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        _check_gpus(world, max(local + 1, ranks_here()))
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if world > 1 and device.type == "cuda":
+        # With its device NCCL connects here, where a network that does not work is told at once, and takes its memory
+        # before the model does; without it, in the first collective.
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    elif world > 1:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     return device
 
 
@@ -107,11 +117,18 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def any_rank(wishes: bool) -> bool:
+    """Whether one of the ranks does; all take part, and each waits for the others."""
+    if not dist.is_initialized():
+        return wishes
+    return bool(all_reduce_sum(torch.tensor(float(wishes), device=_device())) > 0)
+
+
 def gather_texts(text: str) -> list[str]:
     """Every rank's text, by rank; all ranks take part. For what is said once, such as the verdict on a checkpoint."""
     if not dist.is_initialized():
         return [text]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = _device()
     world, data = dist.get_world_size(), text.encode()
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))
@@ -120,3 +137,8 @@ def gather_texts(text: str) -> list[str]:
     texts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(texts, padded)
     return [bytes(said[:length].tolist()).decode() for said, length in zip(texts, lengths, strict=True)]
+
+
+def _device() -> torch.device:
+    """Where the process group takes its messages from."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -17,18 +17,21 @@ from picollm.data.packing import Batches
 from picollm.data.prefetch import Prefetcher, StepBatches
 from picollm.errors import ConfigError, Diverged, HostError, Interrupted, WorkerError
 from picollm.files import sha256_json
+from picollm.hardware import host_memory
+from picollm.memory import copies_bytes, copies_fit
 from picollm.scaling import flops_per_token
-from picollm.train import checkpoint
+from picollm.train import checkpoint, distributed
 from picollm.train.back_off import FIRST_STEPS, smaller_batch
 from picollm.train.checkpoint_files import checkpoint_dir
 from picollm.train.garbage import frozen_garbage
 from picollm.train.metrics import Throughput, memory, peak_flops
 from picollm.train.step import MAX_BAD_STEPS, Pending, StepResult, Trainer
+from picollm.units import size
 from picollm.worker import Worker
 
 # How long a rank that fails waits for the save in flight.
 LAST_SAVE_S = 15.0
-# step -> values to record, by name
+# step -> values to record, by name; a job of all ranks, which Interrupted ends on all alike
 Evaluate = Callable[[int], dict[str, float]]
 
 
@@ -95,7 +98,7 @@ class _Loop:
             worker.rank,
             worker.world,
             keep_last=self.runtime.keep_last,
-            asynchronous=device.type == "cuda",
+            asynchronous=device.type == "cuda" and self._can_copy(),
             warn=lambda text: worker.note(text, level="warning"),
             stopped=worker.should_stop,
         )
@@ -114,6 +117,16 @@ class _Loop:
         self.epoch = job.batches.packer.epoch
         self.saved_at = job.now()
         self.clock = time.monotonic()  # end of the step that was read last, or of a save or evaluation after it
+
+    def _can_copy(self) -> bool:
+        """Whether the machine's own memory has room for copies of what its ranks save; says so where it has not."""
+        arch, here = self.recipe.model, distributed.ranks_here()
+        needed = copies_bytes(arch, self.recipe.dtype, ranks=self.worker.world, ranks_per_node=here)
+        if copies_fit(needed, there := host_memory()[0]):
+            return True
+        why = f"copies would take {size(needed)} of this machine's {size(there)}"
+        self.worker.note(f"training waits while it saves: {why}")
+        return False
 
     def _resume(self) -> None:
         meta, warnings = checkpoint.resume(
@@ -267,13 +280,22 @@ class _Loop:
         self._tell_saved()
 
     def _evaluate(self, step: int) -> None:
-        """Rank 0 evaluates; the others wait for it in the next step, or are done."""
-        if self.worker.rank == 0:
-            self.trainer.model.eval()
+        """All ranks evaluate, rank 0 tells. Where they stopped it half-way, the next step sees that all is saved.
+
+        Raises:
+            Interrupted: they stopped the last one, which no step follows; the next attempt makes it.
+        """
+        self.trainer.model.eval()
+        try:
             self.values = self.job.evaluate(step)
-            self.trainer.model.train()
+        except Interrupted:
+            if step == self.steps:
+                raise
+            self.stopping = True
+        else:
             for name, value in self.values.items():
                 self.worker.event("eval", step=step, name=name, value=value)
+        self.trainer.model.train()
         self.clock = time.monotonic()
 
     def finish(self) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Pending:
         if figures.is_cuda:
             self._figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
             self._figures.copy_(figures, non_blocking=True)
-            self._copied = torch.cuda.Event()
+            # `read` sleeps until it has come; spinning would keep a core from the prefetching and the saving thread.
+            self._copied = torch.cuda.Event(blocking=True)
             self._copied.record()
         else:
             self._figures = figures

@@ -14,7 +14,7 @@ import typer
 from picollm.errors import ConfigError
 from picollm_cli import options
 from picollm_cli.console import Output
-from picollm_cli.launch_line import Launch, parse_launch
+from picollm_cli.launch_line import Launch, check_launch, parse_launch
 
 if TYPE_CHECKING:
     from picollm.config.recipe import TrainRecipe, TrainRuntime
@@ -75,7 +75,6 @@ def train(
       picollm bench train --preset d12 --compare speed.json
     """
     from picollm.files import write_json
-    from picollm_cli.prepare import check_launch
 
     out, how = Output(json), parse_launch(launch)
     # Everything that can be refused is refused before anything is measured, which may take an hour.

@@ -156,6 +156,8 @@ def _with_file(
 
     if prompt is None:
         out.note(header(chat, temperature))
+    if chat.note is not None:
+        out.note(chat.note)
     if chat.about.is_chat:
         out.note(NO_CALCULATOR, style="quiet")
     else:

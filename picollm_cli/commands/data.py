@@ -9,12 +9,13 @@ import typer
 
 from picollm.errors import IntegrityError
 from picollm.units import size
-from picollm_cli.commands.data_download import download
+from picollm_cli.commands.data_download import download, reading_order
 from picollm_cli.console import Output
 from picollm_cli.options import Json, Yes
 
 if TYPE_CHECKING:
-    from picollm.data.datasets import Dataset, Split
+    from picollm.data.dataset_record import Split
+    from picollm.data.datasets import Dataset
 
 HELP = """Make, list and check datasets.
 
@@ -161,7 +162,8 @@ def show(
       picollm data show notes --rows 10 --split validation
       picollm data show notes --rows 0 --json
     """
-    from picollm.data.datasets import SPLITS, ensure
+    from picollm.data.dataset_record import SPLITS
+    from picollm.data.toy_datasets import ensure
 
     out = Output(json)
     dataset = ensure(name)
@@ -174,6 +176,8 @@ def show(
         )  # fmt: skip
     source = {key: value for key, value in dataset.source.items() if key != "sha256"}
     facts.append(("source", ", ".join(f"{key} {_plain(value)}" for key, value in source.items())))
+    if order := reading_order(dataset):
+        facts.append(("order", order))
     out.print(_facts(facts))
     for number, row in enumerate(first):
         out.print(f"\n-- {split} {number} --", style="quiet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -12,6 +13,7 @@ from picollm_cli.console import Output
 from picollm_cli.options import Json
 
 if TYPE_CHECKING:
+    from picollm.data.datasets import Dataset
     from picollm.data.registry import HubSource
 
 
@@ -78,6 +80,8 @@ def download(
         out.hint(f"train on it with `picollm speedrun --preset d12 --set data.dataset={local}`")
     else:
         out.print(f"dataset `{local}` is there already: {summary}; nothing to do")
+    if order := reading_order(found):
+        out.note(f"\n{order}")
     out.result(
         {
             "name": local,
@@ -90,6 +94,22 @@ def download(
             "rows": found.known_rows(),
             "bytes": found.bytes(),
         }
+    )
+
+
+def reading_order(dataset: Dataset) -> str | None:
+    """What to know about a large dataset that nobody is known to have shuffled; None for any other."""
+    from picollm.data.order import BLOCK_DOCUMENTS, WHOLE_SHUFFLE_DOCUMENTS
+
+    rows = dataset.known_rows("train")
+    if dataset.is_shuffled or rows is None or rows <= WHOLE_SHUFFLE_DOCUMENTS:
+        return None
+    return (
+        f"`{dataset.name}` has more than {WHOLE_SHUFFLE_DOCUMENTS:,} documents: training does not shuffle them one by "
+        f"one but in blocks of {BLOCK_DOCUMENTS:,} neighbours. That is enough where the files are shuffled, as their "
+        "author may say. Where neighbours are alike, because they are sorted by source or date, make a shuffled copy: "
+        f"`picollm data import {dataset.name}-shuffled {shlex.quote(str(dataset.path))}/*.parquet "
+        f"--field {shlex.quote(dataset.column)}`"
     )
 
 

@@ -29,9 +29,9 @@ def pretrain(
       picollm pretrain --run peps --launch nproc=2
     """
     from picollm_cli.launch import run_stage
-    from picollm_cli.launch_line import parse_launch
+    from picollm_cli.launch_line import check_launch, parse_launch
     from picollm_cli.nodes import follow, leading
-    from picollm_cli.prepare import check_launch, open_run, resolve_run
+    from picollm_cli.prepare import open_run, resolve_run
     from picollm_cli.prepare_stage import prepare_pretrain
 
     out, how = Output(json), parse_launch(launch)

@@ -64,6 +64,7 @@ def runs(json: options.Json = False) -> None:
 def _row(run: Any) -> dict[str, Any]:
     """One run's figures: last training loss (nats per token), validation bits per byte, bytes on disk, time (UTC)."""
     from picollm.events import read_events
+    from picollm.files import file_stats
 
     stored = run.read_config()
     stages = [name for name in STAGES[:3] if run.stage(name).record() is not None]
@@ -76,7 +77,7 @@ def _row(run: Any) -> dict[str, Any]:
                 loss = event["loss"]
             elif event["kind"] == "eval" and event.get("name") == "val_bpb":
                 bpb = event["value"]
-    files = [path.stat() for path in run.path.rglob("*") if path.is_file()]
+    files = file_stats(run.path)
     return {
         "run": run.name,
         "path": str(run.path),

@@ -27,9 +27,9 @@ def sft(
       picollm sft --run peps --config mixture.toml
     """
     from picollm_cli.launch import run_stage
-    from picollm_cli.launch_line import parse_launch
+    from picollm_cli.launch_line import check_launch, parse_launch
     from picollm_cli.nodes import follow, leading
-    from picollm_cli.prepare import check_launch, open_run, resolve_run
+    from picollm_cli.prepare import open_run, resolve_run
     from picollm_cli.prepare_stage import prepare_sft, say_sft_sources
 
     out, how = Output(json), parse_launch(launch)

@@ -20,10 +20,11 @@ from picollm_cli import options
 from picollm_cli.console import Output
 from picollm_cli.downloading import announce, watch
 from picollm_cli.launch import run_stage
-from picollm_cli.launch_line import Launch, parse_launch
+from picollm_cli.launch_line import Launch, check_launch, parse_launch
 
 if TYPE_CHECKING:
-    from picollm.data.datasets import Dataset, ShardFile
+    from picollm.data.dataset_record import ShardFile
+    from picollm.data.datasets import Dataset
     from picollm.data.download import Download
     from picollm_cli.nodes import Board
     from picollm_cli.prepare import Prepared
@@ -116,7 +117,9 @@ def make_data(job: Job) -> Figures:
 
     A download goes on beside the tokenizer's training; whatever comes after that waits for it.
     """
-    from picollm.data.datasets import TOY_WORLD_CHAT, Dataset, ensure
+    from picollm.data.datasets import Dataset
+    from picollm.data.registry import TOY_WORLD_CHAT
+    from picollm.data.toy_datasets import ensure
     from picollm_cli.downloading import pin_for_run
     from picollm_cli.prepare import plan_of
 
@@ -148,6 +151,7 @@ def make_data(job: Job) -> Figures:
 
 def make_tokenizer(job: Job) -> Figures:
     from picollm.tokenizer.stage import train_stage
+    from picollm_cli.environment import record_command
     from picollm_cli.prepare_stage import warn_of_small_vocabulary
 
     with ExitStack() as stack:
@@ -157,6 +161,7 @@ def make_tokenizer(job: Job) -> Figures:
             nonlocal update
             if update is None:
                 job.begin()
+                record_command(job.run, "tokenizer")
                 update = stack.enter_context(job.out.progress("tokenizer", unit="characters"))
             update(done, total)
 
@@ -285,7 +290,7 @@ def speedrun(
     import os
 
     from picollm_cli.nodes import follow, leading
-    from picollm_cli.prepare import check_launch, open_run, resolve_run
+    from picollm_cli.prepare import open_run, resolve_run
 
     out, how = Output(json), parse_launch(launch)
     left_out = [_known_stage("--skip", name) for name in skip or []]

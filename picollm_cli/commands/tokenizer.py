@@ -51,6 +51,7 @@ def train(
       picollm tokenizer train --run peps --set tokenizer.vocab_size=4096
     """
     from picollm.tokenizer.stage import train_stage
+    from picollm_cli.environment import record_command
     from picollm_cli.prepare import open_run
     from picollm_cli.prepare_stage import warn_of_small_vocabulary
 
@@ -62,6 +63,8 @@ def train(
 
             def on_progress(done: int, total: int) -> None:
                 nonlocal skipped
+                if skipped:
+                    record_command(target, "tokenizer")
                 skipped = False
                 update(done, total)
 
@@ -99,7 +102,7 @@ def evaluate(
       picollm tokenizer eval --beside ~/models/other/tokenizer.json
     """
     from picollm.config.resolve import resolve_existing
-    from picollm.data import datasets
+    from picollm.data.toy_datasets import ensure
     from picollm.errors import IntegrityError
     from picollm.run_dir import find_run
     from picollm.tokenizer.quality import evaluate as measure
@@ -113,7 +116,7 @@ def evaluate(
     names = dict(resolve_existing(target.read_config()).config.data.sources)
     held_back = {}
     for name in names:
-        dataset = datasets.ensure(name, base=target.base, keep=target.dataset_hashes())
+        dataset = ensure(name, base=target.base, keep=target.dataset_hashes())
         kind = "validation" if len(names) == 1 else f"validation {name}"
         held_back[kind] = capped(dataset.documents("validation"), max_chars=EVAL_CHARS, doc_chars=EVAL_CHARS)
     others, absent = find_references()

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from picollm.data import datasets
+from picollm.data import toy_datasets
+from picollm.data.datasets import Dataset
+from picollm.data.registry import TOY_NAMES
 from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifact, PicollmError
 from picollm.files import write_json
 from picollm.locks import hold_lock
@@ -183,12 +185,12 @@ def test_remove_asks_and_takes_no_for_an_answer(texts: Path, monkeypatch: pytest
         console.Output, "confirm", lambda self, question, *, yes: "delete dataset `notes`" not in question
     )
     assert "nothing was removed" in ok("remove", "notes").stdout
-    assert datasets.Dataset.open("notes").verify() == []
+    assert Dataset.open("notes").verify() == []
 
 
 def test_remove_tells_which_runs_were_trained_on_it(texts: Path) -> None:
     ok("import", "notes", texts)
-    make_run("first", "notes", datasets.Dataset.open("notes").sha256)
+    make_run("first", "notes", Dataset.open("notes").sha256)
     make_run("other", "notes", "0" * 64)
     result = ok("remove", "notes", "--yes")
     assert "warning: trained on it, and cannot go on training without it: `first`\n" in result.stderr
@@ -196,7 +198,7 @@ def test_remove_tells_which_runs_were_trained_on_it(texts: Path) -> None:
 
 def test_remove_refuses_while_a_stage_or_a_download_runs(texts: Path) -> None:
     ok("import", "notes", texts)
-    dataset = datasets.Dataset.open("notes")
+    dataset = Dataset.open("notes")
     stage = make_run("first", "notes", dataset.sha256)
     for lock in (stage.lock_path, dataset.path / ".lock"):
         with hold_lock(lock, "it"):
@@ -253,7 +255,7 @@ def test_list_goes_on_after_a_torn_dataset(texts: Path, clean_environment: Path)
 def test_show_facts_and_rows(texts: Path) -> None:
     ok("import", "notes", texts)
     shown = ok("show", "notes", "--rows", "2").stdout
-    dataset = datasets.Dataset.open("notes")
+    dataset = Dataset.open("notes")
     assert dataset.sha256 in shown
     assert shown.count("-- train ") == 2
     assert dataset.documents("train")[1] in shown
@@ -281,7 +283,7 @@ def test_show_shortens_and_never_sends_control_codes(tmp_path: Path) -> None:
 
 
 def test_show_makes_the_toy_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "TOY_SIZES", dict.fromkeys(datasets.TOY_NAMES, (50, 10)))
+    monkeypatch.setattr(toy_datasets, "TOY_SIZES", dict.fromkeys(TOY_NAMES, (50, 10)))
     assert error(MissingArtifact, "verify", "toy-world").hint == "make it with `picollm data show toy-world`"
     assert "50 documents" in ok("show", "toy-world", "--rows", "1").stdout
     assert "as recorded" in ok("verify", "toy-world").stdout

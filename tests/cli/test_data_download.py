@@ -20,6 +20,7 @@ import pytest
 from hub_server import Hub, Status, shard
 from rich.console import Console
 
+from picollm.data import order
 from picollm.data.datasets import Dataset
 from picollm.data.download import State
 from picollm.data.pinned import pin
@@ -254,6 +255,27 @@ def test_the_page_about_data(hub: Hub, command: Command) -> None:
         row = next(row for row in page.splitlines() if row.startswith(f"| `{name}` |"))
         assert f"`{registered.source.repo}`: {registered.num_shards:,} shards" in row
         assert row.endswith(f"| `{registered.source.validation}` |")
+
+
+def test_a_large_dataset_that_nobody_shuffled_is_told_with_the_remedy(
+    climbmix: Hub, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "shuffle" not in command("data", "download", "climbmix", "--shards", "3").err
+    monkeypatch.delitem(REGISTRY, "climbmix")
+    assert "shuffle" not in command("data", "download", SET, "--shards", "3").err  # 120 rows are shuffled whole
+    monkeypatch.setattr(order, "WHOLE_SHUFFLE_DOCUMENTS", 119)
+    told = " ".join(command("data", "download", SET).err.split())
+    assert "`set` has more than 119 documents" in told and "in blocks of 1,024 neighbours" in told
+    assert "in blocks of 1,024 neighbours" in " ".join(command("data", "show", "set").out.split())
+    remedy = re.search(r"`picollm (data import set-shuffled [^`]*)`", told)
+    assert remedy, told
+    *words, pattern, option, column = shlex.split(remedy[1])
+    ended = command(*words, *map(str, Path("/").glob(pattern[1:])), option, column)
+    assert ended.code == 0, ended.err
+    copy, texts = Dataset.open("set-shuffled"), [text for number in (0, 1, 2, 5) for text in shard(number)]
+    found = [*copy.documents("train"), *copy.documents("validation")]
+    assert sorted(found) == sorted(texts) and copy.is_shuffled
+    assert "neighbours" not in command("data", "show", "set-shuffled", "--rows", "0").out
 
 
 def test_what_a_terminal_and_a_pipe_see() -> None:

@@ -329,6 +329,14 @@ def test_memory_levels(total: float, available: float, level: str) -> None:
     assert machine_checks.check_memory(inspect(machine)).level == level
 
 
+@pytest.mark.parametrize(("gib", "level"), [(64, "ok"), (8, "warn")])
+def test_a_host_too_small_to_save_beside_training_is_a_warning(gib: int, level: str) -> None:
+    machine = replace(CPU, memory_bytes=gib * 2**30, available_bytes=gib * 2**30, gpus=(H100,))
+    check = machine_checks.check_memory(inspect(machine, GPU_FACTS, preset="d24"))
+    assert check.level == level
+    assert ("GPUs train on" in check.detail) == (level == "warn")
+
+
 def test_a_run_that_does_not_fit_blocks() -> None:
     tiny = replace(CPU, memory_bytes=2**28)
     assert run_check("plan.memory", inspect(tiny)).level == "block"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from picollm import errors
 from picollm_cli import main
+from picollm_cli.console import ready_streams, write_json_line
 
 TREE = [
     (errors.PicollmError("a"), 1),
@@ -137,5 +140,55 @@ def test_a_reader_that_leaves_is_not_an_error() -> None:
     process.stdout.close()
     told = process.stderr.read()
     process.stderr.close()
-    assert process.wait(60) == 1
+    assert process.wait(60) == 141  # as a shell says of programs that SIGPIPE ended
     assert told == b""
+
+
+# -- where the output goes --------------------------------------------------------------------------------------------
+
+# Neither rich's help nor our own JSON may depend on what stdout can take.
+OUTPUTS = (("speedrun", "--help"), ("runs", "--json"))
+
+
+@pytest.mark.parametrize("arguments", OUTPUTS)
+def test_a_terminal_that_knows_ascii_only(arguments: tuple[str, ...]) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = picollm(*arguments, env=os.environ | ascii_only)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "written"), [("ascii", '{"a": "\\u00fc\\ud83c\\udf4e"}'), ("utf-8", '{"a": "ü🍎"}')]
+)
+def test_json_is_json_in_any_encoding(encoding: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(data, encoding=encoding))
+    ready_streams()
+    write_json_line({"a": "ü🍎"})
+    assert data.getvalue().decode(encoding) == written + "\n"
+    write_json_line({"path": "caf\udce9"})  # the name of a file in another encoding
+    assert json.loads(data.getvalue().splitlines()[1]) == {"path": "caf\udce9"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has this device")
+@pytest.mark.parametrize("arguments", OUTPUTS)
+def test_a_full_disk_behind_stdout_is_no_bug(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "picollm_cli", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 3
+    assert "error: cannot write the output\n  cause: No space left on device\n" in done.stderr
+
+
+def test_no_stdin_at_all(tiny_run: Path) -> None:
+    line = f"{shlex.quote(sys.executable)} -m picollm_cli chat -p - <&-"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the prompt is empty\n")
+
+
+def test_no_stdout_at_all() -> None:
+    line = f"{shlex.quote(sys.executable)} -m picollm_cli runs --json >&-"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.startswith("there is no run in")

@@ -70,10 +70,13 @@ def test_an_error_of_ours_counts_most(stage: StageDir) -> None:
     assert error.message == "bad rate" and "attempt_1.log" in str(error.hint)
 
 
-def test_a_killed_rank_counts_more_than_the_ranks_that_missed_it(stage: StageDir) -> None:
-    error = error_of(stage, report=BUG, log="step 7\n" + TORCHRUN_SUMMARY.format(code=-9))
+@pytest.mark.parametrize(
+    ("code", "said"), [(-9, "killed by SIGKILL, which the system sends when memory"), (-7, "killed by SIGBUS, which")]
+)
+def test_a_killed_rank_counts_more_than_the_ranks_that_missed_it(stage: StageDir, code: int, said: str) -> None:
+    error = error_of(stage, report=BUG, log="step 7\n" + TORCHRUN_SUMMARY.format(code=code))
     assert isinstance(error, WorkerError)
-    assert str(error.cause).startswith("rank 5: killed by SIGKILL")
+    assert str(error.cause).startswith(f"rank 5: {said}")
 
 
 def test_a_bug_is_told_with_its_rank(stage: StageDir) -> None:

@@ -27,8 +27,14 @@ from picollm.run_dir import RunDir, StageDir
 from picollm_cli import launch
 from picollm_cli.console import Output
 from picollm_cli.launch import run_stage
-from picollm_cli.launch_line import Launch, attempt_id, launch_command, launch_commands, parse_launch
-from picollm_cli.prepare import check_launch
+from picollm_cli.launch_line import (
+    Launch,
+    attempt_id,
+    check_launch,
+    launch_command,
+    launch_commands,
+    parse_launch,
+)
 
 HERE = Path(__file__).parent
 Make = Callable[..., StageDir]

@@ -76,6 +76,22 @@ def test_the_live_lines_fit_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -
     assert max(map(len, last)) <= 80
 
 
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`TERM=dumb` is a terminal on which nothing can be drawn again: without lines it would stay empty for hours."""
+    now = 100.0
+    monkeypatch.setattr(live.time, "monotonic", lambda: now)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # counts as a terminal
+    monkeypatch.setenv("TERM", "dumb")
+    out = Output()
+    out.stderr.file = drawn = io.StringIO()
+    with StageView(out, "pretrain") as view:
+        view.show({"kind": "stage_start", "total_steps": 10})
+        view.show({"kind": "step", "step": 4, "loss": 3.5})
+        now += 6
+        view.tick()
+        assert drawn.getvalue() == "pretrain 4/10  loss 3.500\n"
+
+
 def test_a_sample_is_one_line_that_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     view = StageView(Output(), "eval samples")
     view.show({"kind": "sample", "prompt": "Who are you?", "text": "I am\n\x1b[31mpicollm." + " more" * 100})

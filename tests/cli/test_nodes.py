@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from picollm.errors import ConfigError, HostError, Interrupted, WorkerError
-from picollm.files import sha256_json, write_json
+from picollm.files import sha256_json, write_atomic, write_json
 from picollm.run_dir import RunDir, StageDir
 from picollm_cli import nodes
 from picollm_cli.console import Output
@@ -162,10 +162,10 @@ def test_a_follower_waits_for_the_config_it_was_told_of(stage: StageDir) -> None
 
     def work(board: Board) -> None:
         with board.attempt(stage, "r-pretrain-1"):
-            stage.config_path.write_text(stored.replace('"threads": 1', '"threads": 2'))
+            write_atomic(stage.config_path, stored.replace('"threads": 1', '"threads": 2'))
             time.sleep(0.3)
             early.append(node_log(stage).exists())
-            stage.config_path.write_text(stored)
+            write_atomic(stage.config_path, stored)
             until(lambda: answered(stage))
 
     leader = lead(stage.run, work)

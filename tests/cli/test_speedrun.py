@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -18,6 +19,7 @@ from picollm.data.conversations import Conversation
 from picollm.data.dataset_writer import DatasetWriter
 from picollm.errors import ConfigError, HostError, IntegrityError, Interrupted, MissingArtifact
 from picollm.events import read_all
+from picollm.files import sha256_file, sha256_json, write_json
 from picollm.locks import hold_lock
 from picollm.run_dir import RunDir
 from picollm_cli import launch, prepare
@@ -81,9 +83,18 @@ def test_all_stages_then_nothing_left_to_do(base: Path, arguments: list[str]) ->
     assert list(first) == ["data", "tokenizer", "pretrain", "sft", "eval", "report", "manifest"]
     assert first == {"data": "already done"} | dict.fromkeys(list(first)[1:], "made")
     assert sorted(path.name for path in (run.path / "eval").iterdir()) == ["sft-bpb", "sft-samples"]
-    kinds = [(event["stage"], event["kind"]) for event in read_all(run.events_path)]
+    events = read_all(run.events_path)
+    commands = [event for event in events if event["kind"] == "command"]
+    assert [event["stage"] for event in commands] == [*list(first)[1:4], "eval/sft-bpb", "eval/sft-samples"]
+    kinds = [(event["stage"], event["kind"]) for event in events if event["kind"] != "command"]
     assert kinds == [(name, kind) for name in list(first)[1:-1] for kind in ("stage_start", "stage_end")]
-    assert json.loads(run.environment_path.read_text())["command"][0] == "picollm"
+    environment = json.loads(run.environment_path.read_text())
+    assert environment["command"][0] == "picollm" and environment["packages"]["numpy"] == numpy.__version__
+    assert {key: commands[0][key] for key in ("code_sha256", "torch", "git_commit")}.items() <= environment.items()
+    recipes = [run.stage(name).read_config()["recipe"] for name in ("pretrain", "sft")]
+    for source in [source for recipe in recipes for source in recipe["data"]]:
+        kept = run.kept_dataset_record(source["dataset"], source["sha256"])
+        assert sha256_file(kept) == source["sha256"]
     invoke("manifest", "verify", "--run", "demo")
 
     before = tree(run.path)
@@ -123,6 +134,45 @@ def test_force_moves_a_stage_and_all_later_ones_aside(base: Path, arguments: lis
     assert run.stage("sft").read_config()["recipe"]["steps"] == 7
 
 
+@pytest.mark.parametrize(("name", "kind"), [("nowhere", MissingArtifact), ("stories", ConfigError)])
+def test_what_cannot_be_made_again_is_not_moved_aside(
+    base: Path, arguments: list[str], tmp_path: Path, name: str, kind: type[Exception]
+) -> None:
+    """A mistyped dataset, or one of the wrong kind, must cost neither the model that is there nor the run's config."""
+    invoke(*arguments)
+    run = RunDir(base / "runs" / "demo")
+    before = tree(run.path)
+    (tmp_path / "mixture.toml").write_text(f'[[sft.mix]]\ndataset = "{name}"\n')
+    with pytest.raises(kind, match=name):
+        invoke("speedrun", "--run", "demo", "--force", "sft", "--config", str(tmp_path / "mixture.toml"))
+    assert tree(run.path) == before
+
+
+def test_a_run_of_an_older_picollm(base: Path, arguments: list[str]) -> None:
+    """Its recipes lack a key: what it finished is done, and what it only began is not continued as something else."""
+    invoke(*arguments)
+    run = RunDir(base / "runs" / "demo")
+    for name in ("pretrain", "sft"):
+        stage = run.stage(name)
+        config = stage.read_prepared()
+        del config["recipe"]["packing"]
+        write_json(stage.config_path, config)
+        record = stage.record()
+        assert record
+        write_json(stage.record_path, record | {"inputs": {"recipe": sha256_json(config["recipe"])}})
+    made = states(invoke("speedrun", "--run", "demo", "--json"))
+    assert (made["pretrain"], made["sft"]) == ("already done", "already done")
+    made = states(invoke("speedrun", "--run", "demo", "--force", "sft", "--json"))
+    assert (made["pretrain"], made["sft"]) == ("already done", "made")
+    pretrain = run.stage("pretrain")
+    pretrain.record_path.unlink()
+    write_json(pretrain.checkpoints / "step_000001" / "meta.json", {"schema": 1, "step": 1})
+    with pytest.raises(ConfigError, match="another recipe") as caught:
+        invoke("speedrun", "--run", "demo")
+    assert caught.value.cause == "`packing` was not there yet and is best_fit now"
+    assert str(caught.value.hint).startswith("go on with the older picollm that began it")
+
+
 def test_skip_leaves_stages_out(base: Path, arguments: list[str]) -> None:
     made = states(invoke(*arguments, "--skip", "sft", "--skip", "report", "--json"))
     assert made["sft"] == made["report"] == "skipped"
@@ -154,6 +204,13 @@ def test_dry_run_writes_nothing_and_has_the_promised_keys(base: Path, arguments:
     text = invoke(*arguments, "--dry-run").stdout
     assert "tokenizer.vocab_size" in text and "--set" in text and "picollm.stages.pretrain" in text
     assert tree(base) == before
+
+
+def test_a_dry_run_says_which_dataset_is_not_read(base: Path, arguments: list[str]) -> None:
+    assert "not used" not in invoke(*arguments, "--dry-run").stdout
+    mixed = invoke(*arguments, "--dry-run", "--set", "data.mix.toy-world=1").stdout.splitlines()
+    [line] = [line for line in mixed if line.split()[:1] == ["data.dataset"]]
+    assert line.split(maxsplit=2)[2].strip() == "not used: data.mix"
 
 
 def test_interrupted_and_continued(base: Path, arguments: list[str]) -> None:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from picollm.config.model import Architecture
 from picollm.config.recipe import Rates, Schedule
 from picollm.model.gpt import GPT
 from picollm.optim.optimizer import MuonAdamW
 from picollm.run_dir import run_named
-from picollm.train import checkpoint
+from picollm.train import checkpoint, checkpoint_tensors
 from picollm.train.checkpoint_files import read_sums
 
 pytestmark = pytest.mark.gpu
@@ -27,11 +28,15 @@ SCHEDULE = Schedule(
 )  # fmt: skip
 
 
-def test_training_goes_on_while_its_state_is_written(clean_environment: Path) -> None:
+def make() -> tuple[GPT, MuonAdamW]:
     model = GPT(ARCH, compute_dtype=torch.bfloat16)
     model.init_weights(0)
     model.cuda()
-    optimizer = MuonAdamW(model, RATES, SCHEDULE, 20, dtype=torch.bfloat16)
+    return model, MuonAdamW(model, RATES, SCHEDULE, 20, dtype=torch.bfloat16)
+
+
+def test_training_goes_on_while_its_state_is_written(clean_environment: Path) -> None:
+    model, optimizer = make()
     keep = torch.ones((), device="cuda")
 
     def steps(first: int, last: int) -> None:
@@ -52,7 +57,7 @@ def test_training_goes_on_while_its_state_is_written(clean_environment: Path) ->
         beside.wait()
         [one], [other] = beside.finished(), waiting.finished()
         assert read_sums(one.path) == read_sums(other.path)
-    assert all(buffer.is_pinned() for buffer in beside._buffers.values())
+    assert all(buffer.is_pinned() for buffers in beside._buffers for buffer in buffers.values())
     meta, warnings = checkpoint.resume(beside.stage, model, optimizer)
     assert meta is not None and meta["step"] == 10 and warnings == []
     waiting.save(11, model, optimizer, {})
@@ -60,3 +65,25 @@ def test_training_goes_on_while_its_state_is_written(clean_environment: Path) ->
     assert {name: sums[name] for name in sums if name != "meta.json"} == {
         name: wanted[name] for name in wanted if name != "meta.json"
     }
+
+
+def test_without_room_for_copies_it_is_written_from_the_gpu(
+    clean_environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = make()
+    stage, warnings = run_named("r").stage("pretrain"), []
+    saver = checkpoint.Saver(stage, 0, 1, keep_last=9, asynchronous=True, warn=warnings.append)
+    saver.save(1, model, optimizer, {})
+    saver.wait()
+
+    def no_room(named: dict[str, Tensor]) -> dict[str, Tensor]:
+        torch.empty(1 << 20, pin_memory=True)  # what was pinned before it failed
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(checkpoint_tensors, "host_buffers", no_room)
+    again = checkpoint.Saver(stage, 0, 1, keep_last=9, asynchronous=True, warn=warnings.append)
+    again.save(2, model, optimizer, {})
+    [one], [other] = saver.finished(), again.finished()
+    sums, wanted = read_sums(other.path), read_sums(one.path)
+    assert not again.asynchronous and len(warnings) == 1
+    assert {name for name in sums if sums[name] != wanted[name]} == {"meta.json"}

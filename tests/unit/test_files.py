@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,16 @@ import pytest
 
 from picollm import files
 from picollm.errors import HostError, IntegrityError
-from picollm.files import check_schema, free_name, read_fields, read_json, sha256_json, write_atomic, write_json
+from picollm.files import (
+    check_schema,
+    file_stats,
+    free_name,
+    read_fields,
+    read_json,
+    sha256_json,
+    write_atomic,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
@@ -28,6 +41,29 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert str(path) in caught.value.message and caught.value.cause == "No space left on device"
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sizes_while_somebody_saves_and_prunes(tmp_path: Path) -> None:
+    """`picollm runs` looks at a run whose checkpoints come and go."""
+    (tmp_path / "kept").write_bytes(b"123")
+    stop = threading.Event()
+
+    def churn() -> None:
+        for number in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+            folder = tmp_path / f"step_{number}.tmp" / "state"
+            folder.mkdir(parents=True)
+            for name in "abcdefgh":
+                (folder / name).touch()
+            folder.parent.rename(tmp_path / f"step_{number}")
+            shutil.rmtree(tmp_path / f"step_{number}")
+
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(churn)
+        try:
+            assert [sum(stat.st_size for stat in file_stats(tmp_path)) for _ in range(300)] == [3] * 300
+        finally:
+            stop.set()
+        saving.result()
 
 
 def test_a_write_makes_the_folders_above(tmp_path: Path) -> None:

@@ -186,8 +186,11 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}1b2c3d4-0000"
+
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
-        return int(uuid.removeprefix("GPU-"))
+        return int(uuid.removeprefix("MIG-"))
 
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
         if handle == 1:
@@ -206,7 +209,10 @@ class FakeNvml:
     [
         (None, ["board 0", "board 1", "board 2"]),
         ("2,0", ["board 2", "board 0"]),
-        ("GPU-1", ["board 1"]),
+        ("GPU-11b2c3d4-0000", ["board 1"]),
+        ("GPU-21,GPU-0", ["board 2", "board 0"]),
+        ("GPU-,0", []),
+        ("MIG-1", ["board 1"]),
         ("0,7,1", ["board 0"]),
         ("-1", []),
         ("", []),
@@ -266,10 +272,17 @@ def test_a_failing_driver_means_no_gpus(monkeypatch: pytest.MonkeyPatch, broken:
         ("NVIDIA GB300", "GB300"),
         ("NVIDIA H20", "H20"),
         ("NVIDIA H800", "H800"),
+        ("NVIDIA H800 PCIe", "H800 PCIe"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
+        ("NVIDIA A30", "A30"),
+        ("NVIDIA A40", "A40"),
         ("NVIDIA RTX A6000", "RTX A6000"),
         ("NVIDIA GeForce RTX 5090", "RTX 5090"),
         ("NVIDIA GeForce RTX 5090 D", None),
         ("Tesla V100-SXM2-32GB", "V100"),
+        ("Tesla V100-PCIE-16GB", "V100 PCIe"),
+        ("AMD Instinct MI350X", "MI350X"),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),
         ("", None),
     ],
 )
@@ -295,20 +308,20 @@ def test_data_sheets_are_consistent() -> None:
 @pytest.mark.parametrize(
     ("name", "bf16", "fp8"),
     [
-        ("NVIDIA H100 80GB HBM3", 989, 1979),
-        ("NVIDIA H200", 989, 1979),
+        ("NVIDIA H100 80GB HBM3", 989.4, 1978.9),
+        ("NVIDIA H200", 989.4, 1978.9),
         ("NVIDIA B200", 2250, 4500),
         ("NVIDIA A100-SXM4-80GB", 312, None),
         ("NVIDIA L40S", 362, 733),
-        ("NVIDIA GeForce RTX 4090", 165, 330),
-        ("NVIDIA GeForce RTX 5090", 209, 419),
-        ("AMD Instinct MI300X", 1307, 2615),
+        ("NVIDIA GeForce RTX 4090", 165.2, 330),
+        ("NVIDIA GeForce RTX 5090", 209.5, 419),
+        ("AMD Instinct MI300X", 1307.4, 2614.9),
     ],
 )
 def test_dense_peaks_of_the_data_sheets(name: str, bf16: float, fp8: float | None) -> None:
     spec = gpu_spec(name)
-    assert spec.bf16_flops == bf16 * 1e12
-    assert spec.fp8_flops == (fp8 and fp8 * 1e12)
+    assert spec.bf16_flops == pytest.approx(bf16 * 1e12)
+    assert spec.fp8_flops == (fp8 and pytest.approx(fp8 * 1e12))
 
 
 def test_cpu_rates_rise_with_the_instruction_set(machine: Machine) -> None:

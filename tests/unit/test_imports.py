@@ -30,8 +30,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "recipes": frozenset({"config", "errors", "hardware", "rates", "scaling"}),
     "runtimes": frozenset({"attention_choice", "config", "errors", "hardware", "memory", "rates", "units"}),
     "plan": frozenset(
-        {"attention_choice", "config", "estimate", "export.features", "hardware", "rates", "recipes", "runtimes"}
-        | {"scaling"}
+        {"attention_choice", "config", "estimate", "export.features", "hardware", "memory", "rates", "recipes"}
+        | {"runtimes", "scaling"}
     ),
     "torch_facts": frozenset({"errors", "files", "hardware", "run_dir", "__init__"}),
     "manifest": frozenset({"errors", "files", "run_dir", "__init__"}),
@@ -45,7 +45,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "bench": frozenset(
         {"attention_choice", "config", "data.prefetch", "errors", "memory", "model", "scaling", "train"}
     ),
-    "train": SPINE | {"attention_choice", "data", "gpu_specs", "model", "optim", "scaling", "worker"},
+    "train": SPINE | {"attention_choice", "data", "gpu_specs", "memory", "model", "optim", "scaling", "worker"},
     "worker": frozenset({"errors", "events", "locks", "run_dir", "train.distributed"}),
     "generate": frozenset({"data.conversations", "errors", "model", "run_dir", "tokenizer", "train.checkpoint"}),
     "evaluate": frozenset({"data", "errors", "generate", "model", "tokenizer"}),

@@ -39,3 +39,25 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="cannot write"), hold_lock(tmp_path / "file" / "lock", "x"):
         pass
+
+
+def test_waiting_for_a_lock_without_an_end(tmp_path: Path) -> None:
+    path, told = tmp_path / "lock", []
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+
+        def on_wait(pid: str) -> None:
+            told.append(pid)
+            if len(told) == 2:
+                other.kill()
+
+        with hold_lock(path, "x", on_wait=on_wait):
+            assert told[:2] == [str(other.pid)] * 2
+        with (
+            hold_lock(path, "x", on_wait=on_wait),
+            pytest.raises(ZeroDivisionError),
+            hold_lock(path, "x", on_wait=lambda pid: 1 / 0),
+        ):
+            pass

@@ -168,3 +168,18 @@ def test_torn_manifest(run: RunDir) -> None:
     run.manifest_path.write_text('{"schema": 1, "fi')
     with pytest.raises(IntegrityError, match="not readable JSON"):
         verify_manifest(run)
+
+
+def test_a_part_on_another_disk_is_of_the_run(run: RunDir, tmp_path: Path) -> None:
+    """Checkpoints are large: somebody moves them away and links them."""
+    write_manifest(run)
+    before = list_files(run)
+    folder = next(path for path in sorted(run.path.iterdir()) if path.is_dir())
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere")
+    (run.path / "run").symlink_to(run.path)
+    assert list_files(run) == before
+    assert verify_manifest(run) == []
+    (run.path / "best").symlink_to(run.path / "pretrain/checkpoints/step_000010")
+    assert list_files(run) == sorted([*before, "best/model.safetensors"])

@@ -150,6 +150,22 @@ def test_ranks_share_the_optimizers_state():
     assert many.optimizer == shared and many.gradients == one.gradients and many.total < one.total
 
 
+def test_copies_are_as_large_as_what_is_saved_beside_training():
+    arch = arch_of("model.depth=4", "model.arch=full", "tokenizer.vocab_size=2048")
+    cfg = resolve(preset=None, sets=["model.depth=4"], environ={"XDG_CONFIG_HOME": "/nonexistent"}).config
+    model = GPT(arch)
+    optimizer = MuonAdamW(model, pretrain_rates(cfg, arch, pretrain_horizon(cfg, arch)), pretrain_schedule(9), 9,
+                          dtype=torch.float32)  # fmt: skip
+    saved = [*model.parameters(), *(shard.tensor for shard in optimizer.shards())]
+    copied = sum(tensor.nbytes for tensor in saved)
+    assert memory.copies_bytes(arch, "bfloat16") == pytest.approx(copied, rel=0.02)  # but for NorMuon's variances
+    weights = 4 * num_params(arch).total
+    state = memory.copies_bytes(arch, "float32", ranks=8) - weights
+    assert memory.copies_bytes(arch, "float32", ranks=8, ranks_per_node=4) == weights + 4 * state
+    assert memory.copies_bytes(arch, "float64") == 2 * memory.copies_bytes(arch, "bfloat16")
+    assert memory.copies_fit(copied, 2 * copied) and not memory.copies_fit(copied, 2 * copied - 2)
+
+
 def test_accumulating_keeps_gradients_beside_activations():
     arch = arch_of("model.depth=6")
     once = training_memory(arch, "float32", 8, "cpu", SDPA)

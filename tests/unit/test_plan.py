@@ -304,6 +304,7 @@ def test_every_preset_has_a_plan(preset):
         found = plan.make_plan(config(preset=preset), machine)
         shown = json.loads(json.dumps(found.to_json(), allow_nan=False))
         assert shown["memory_gib"] > 0 and shown["time_s"] > 0 and shown["disk_gib"] > 0
+        assert (shown["copies_gib"] > 0) == bool(machine.gpus)  # a CPU's worker waits while it saves
         assert shown["time_s"] == pytest.approx(sum(s["time_s"] for s in shown["stages"]), abs=1)
         fetched = ["data"] if found.download_bytes else []
         assert [s["name"] for s in shown["stages"]] == [*fetched, "tokenizer", "pretrain", "sft", "eval", "report"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch.distributed import DistBackendError
 
 from picollm import worker as worker_module
 from picollm.errors import ConfigError, Diverged, IntegrityError, Interrupted, OutOfMemory, PicollmError
 from picollm.events import read_all
 from picollm.files import write_json
 from picollm.run_dir import StageDir, run_named
-from picollm.worker import Worker, launcher_lives
+from picollm.worker import Worker, launcher_lives, start_of
 
 # A stage of one argument; the body decides how it ends.
 STAGE = """
@@ -101,13 +104,30 @@ def test_a_parent_that_is_gone_stops(worker: Worker, monkeypatch: pytest.MonkeyP
 
 def test_a_launcher_that_is_gone_stops(worker: Worker) -> None:
     stage, me = worker.stage, psutil.Process()
-    stage.launcher_path.write_text(f"{me.pid} {me.create_time()}\n")
+    stage.launcher_path.write_text(f"{me.pid} {start_of(me)}\n")
     assert launcher_lives(stage) and not worker.should_stop()
     stage.launcher_path.write_text("12")  # being written
     assert launcher_lives(stage)
     # The number lives on in another process.
-    stage.launcher_path.write_text(f"{me.pid} {me.create_time() - 3600}\n")
+    stage.launcher_path.write_text(f"{me.pid} {start_of(me) - 3600}\n")
     assert not launcher_lives(stage) and worker.should_stop()
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere the system itself keeps the time of a process's start")
+def test_a_clock_that_is_set_stops_nothing(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the clock, as after a laptop slept, moves the time of boot, and with it every start psutil tells."""
+    me = psutil.Process()
+    worker.stage.launcher_path.write_text(f"{me.pid} {start_of(me)}\n")
+    told = me.create_time()
+    stat = Path("/proc/stat").read_text()
+    boot = int(re.search(r"^btime (\d+)$", stat, re.MULTILINE)[1])
+    proc = tmp_path / "proc"
+    proc.mkdir()
+    (proc / "stat").write_text(stat.replace(f"btime {boot}", f"btime {boot - 3600}"))
+    (proc / str(me.pid)).symlink_to(f"/proc/{me.pid}")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(proc))
+    assert psutil.Process().create_time() == pytest.approx(told - 3600, abs=1)
+    assert launcher_lives(worker.stage) and not worker.should_stop()
 
 
 def test_a_launcher_on_another_machine_cannot_be_seen(stage: StageDir) -> None:
@@ -193,12 +213,20 @@ def test_a_stop_is_no_error(stage: StageDir) -> None:
     assert (end["ok"], end["reason"], end["text"]) == (False, "stopped", "stopped at step 1")
 
 
+# NCCL takes its memory from the device itself, where torch has most of it.
+NCCL_ERROR = "NCCL error in: ProcessGroupNCCL.cpp:3356, unhandled cuda error\nncclUnhandledCudaError: Last error:\n"
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "code"),
     [
         (MemoryError(), OutOfMemory, 7),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), OutOfMemory, 7),
         (RuntimeError("std::bad_alloc"), OutOfMemory, 7),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OutOfMemory, 7),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfMemory, 7),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), OutOfMemory, 7),
+        (DistBackendError(f"{NCCL_ERROR}Cuda failure 2 'out of memory'"), OutOfMemory, 7),
         (RuntimeError("[1] is the second try: Connection closed by peer [127.0.0.1]:29500"), PicollmError, 1),
         (ZeroDivisionError("division by zero"), PicollmError, 1),
         (Interrupted("x"), Interrupted, 130),
@@ -214,6 +242,19 @@ def test_what_an_exception_becomes(stage: StageDir, error: BaseException, kind: 
         # The first rank to fail tells: what the others say afterwards is noise.
         worker_module._report(stage, ValueError("later"), 0)
         assert json.loads(path.read_text())["rank"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("Error while creating shared memory segment /dev/shm/nccl-a (size 9637888), error: No space", "NCCL failed"),
+        ("socketProgress: Connection closed by remote peer node-1", "another process of the stage is gone"),
+    ],
+)
+def test_an_error_of_nccl_is_told_in_its_words(reason: str, message: str) -> None:
+    known = worker_module.as_known(DistBackendError(f"{NCCL_ERROR}{reason}\nException raised from create"))
+    assert type(known) is PicollmError and known.message.startswith(message)
+    assert reason in (known.message.removeprefix("NCCL failed: "), known.cause)
 
 
 # What torchrun says to a worker that it starts for the second time.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from picollm.bench import gpu_probe, kernels
+from picollm.bench import gpu_probe, kernels, steps
 from picollm.bench.gpu_probe import MEASURE, Spec, run
 from picollm.bench.profiling import kind_of, shares
 from picollm.bench.rows import Row, Shapes
@@ -93,6 +94,16 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
     assert tried == [8, 4, 2]
 
 
+def test_the_losses_that_fp8_is_judged_by_do_not_know_what_was_timed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "trainee", functools.partial(_without_fp8, steps.trainee))
+    apart = [row for row in steps.eight_bits(TINY, CPU) if "apart from bf16" in row.name]
+    assert [row.value for row in apart] == [0.0]
+
+
+def _without_fp8(make: Callable[..., Trainee], *args: Any, fp8: bool = False, **options: Any) -> Trainee:
+    return make(*args, **options)
+
+
 def test_models_have_the_flops_of_the_roofline() -> None:
     """GPU.md 1.1, N full, in MFLOP per token."""
     for depth, expected in ((12, 887), (20, 3240), (24, 5285)):
@@ -108,6 +119,12 @@ def test_kernels_have_kinds() -> None:
         "triton_red_fused__log_softmax_3": "loss",
         "triton_poi_fused_relu_pow_1": "pointwise",
         "Memcpy DtoD (Device -> Device)": "copy",
+        "triton_poi_fused_clone_transpose_2": "copy",
+        "triton_tem_fused_mm_4": "GEMM",
+        # Names that torch 2.13 gives to the parts of a block and of the loss.
+        "triton_red_fused__scaled_dot_product_cudnn_attention_backward__scaled_mm_abs_amax_clone_mul_0": "pointwise",
+        "triton_poi_fused__scaled_mm__to_copy_add_clamp_clone_div_mul_reciprocal_sum_t_view_5": "pointwise",
+        "triton_red_fused__to_copy_add_amax_div_exp_gather_ge_log_mul_scatter_sub_sum_0": "loss",
         "triton_poi_fused_embedding_dense_backward_0": "embedding",
     }.items():
         assert kind_of(name) == kind, name

@@ -12,7 +12,8 @@ from hub_server import Corrupt, Cut, Etag, Hub, Stall, Status, WholeFile, parque
 
 from picollm.data import download as download_module
 from picollm.data import hub_errors
-from picollm.data.datasets import Dataset, ShardFile
+from picollm.data.dataset_record import ShardFile
+from picollm.data.datasets import Dataset
 from picollm.data.download import Download
 from picollm.data.pinned import pin
 from picollm.data.registry import source_named

@@ -30,6 +30,7 @@ def test_compiled_model(backend: str) -> None:
         assert found["compiled_later"] == 0, name
     assert result["documents"]["error"] < 1e-10
     assert len(set(result["documents"]["graphs"])) == 1, "the number of documents must not need new code"
+    assert result["whole"] == 1, "the probe's comparison wants the model in one graph"
     # In units of the stream: input 1, norms 1 + 1, q k v 3 (v is a view of them), normed q and k 2, attention 1, relu^2
     # 4, and some thing small per head. Were what is inside relu^2 kept too, it would be 4 more.
     assert 13 <= result["saved"] < 14

@@ -6,11 +6,13 @@ are forked so that torch loads once. They use the GPUs they see.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import multiprocessing
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,23 @@ def odd_steps(model: GPT, optimizer: MuonAdamW) -> None:
     optimizer.step(STEPS - 1, keep=torch.ones((), device=DEVICE))
 
 
+def compiled_blocks() -> dict[str, Any]:
+    """Two steps, plain and with compiled blocks, and how many reductions ran when the first layer's gradients came."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    found: dict[str, Any] = {}
+    for name in ("plain", "compiled"):
+        model, optimizer = build("portable", torch.float32)
+        if name == "compiled":
+            model.compile_blocks()
+        first, launched = model.layers[0].mlp.up_proj.weight, []
+        first.register_post_accumulate_grad_hook(lambda _, o=optimizer, seen=launched: seen.append(o.launched))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own while it traces
+            losses = [advance(model, optimizer, step)[0] for step in range(2)]
+        found[name] = {"losses": losses, "launched": launched}
+    return found | {"fingerprint": fingerprint(model)}
+
+
 def file_of(folder: Path, world: int, first: int, last: int, rank: int) -> Path:
     return folder / f"{world}-ranks-from-{first}-to-{last}-{rank}.pt"
 
@@ -176,6 +195,8 @@ def work(folder: Path, first: int, last: int, source: int) -> None:
             model, optimizer = build("full", torch.float32, wire)
             loss = [advance(model, optimizer, step)[0] for step in range(STEPS)][-4:]
             end[name] = {"loss": sum(loss) / 4, "fingerprint": fingerprint(model)}
+        if ranks.world == 2:
+            end["compiled"] = compiled_blocks()
         torch.save(to_cpu(middle), file_of(folder, ranks.world, first, SAVED, ranks.rank))
     torch.save(to_cpu(end), file_of(folder, ranks.world, first, last, ranks.rank))
 

@@ -65,6 +65,14 @@ def test_float32_and_a_bfloat16_wire_reach_the_same_loss(results: Results, ranks
     assert abs(results[ranks][0][run]["loss"] / results["1"][0]["float32"]["loss"] - 1) < 0.005
 
 
+def test_reductions_run_beside_the_backward_pass_of_compiled_blocks(results: Results) -> None:
+    for rank in results["2"]:
+        plain, compiled = rank["compiled"]["plain"], rank["compiled"]["compiled"]
+        assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        for found in (plain, compiled):  # of the two micro-batches of a step the first reduces nothing
+            assert [count > 0 for count in found["launched"]] == [False, True] * 2
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_holds_its_share_of_the_state(results: Results, ranks: int) -> None:
     def elements(result: dict[str, Any]) -> int:

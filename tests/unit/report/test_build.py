@@ -9,6 +9,7 @@ import pytest
 
 from picollm.errors import IntegrityError
 from picollm.events import EventWriter
+from picollm.files import write_json
 from picollm.report.build import write_report
 from picollm.run_dir import RunDir
 
@@ -34,7 +35,7 @@ def test_figures_of_a_finished_run(make_run: MakeRun) -> None:
     assert pretrain["cpu_s"] == 12.5
     assert pretrain["validation"] == [{"step": 20, "name": "val_bpb", "value": 1.25, "stderr": None, "n": None}]
     assert figures["evaluation"]["sft"]["suites"]["chat"]["sum_held_out"] == {"n": 80, "score": 0.95, "stderr": 0.024}
-    assert figures["data"]["pretrain"][0]["unchanged"] is True
+    assert figures["data"]["pretrain"][0]["kind"] == "text"
     assert figures["samples"] == [{"stage": "sft", "prompt": "Who are you?", "text": "I am picollm.\n```\nnot a fence"}]
     assert len(figures["stages"]["sft"]["checkpoint"]["sha256"]) == 64
 
@@ -162,9 +163,55 @@ def test_dataset_changed_since(make_run: MakeRun) -> None:
     path = run.base / "datasets" / "stories" / "dataset.json"
     path.write_text(path.read_text() + "\n")
     figures, page = report_of(run)
-    assert figures["data"]["pretrain"][0]["unchanged"] is False
     assert "files" not in figures["data"]["pretrain"][0]
     assert "gone or changed since" in page
+
+
+def test_a_run_describes_its_data_where_the_dataset_is_not(make_run: MakeRun) -> None:
+    """A run that was copied alone, or whose dataset was removed, still says the files and rows it was made from."""
+    run = make_run()
+    before, page = report_of(run)
+    source = before["data"]["pretrain"][0]
+    record = run.base / "datasets" / "stories" / "dataset.json"
+    kept = run.kept_dataset_record("stories", source["sha256"])
+    kept.parent.mkdir()
+    record.rename(kept)
+    assert report_of(run) == (before, page)
+    kept.write_text(kept.read_text().replace("1200", "1300"))  # no longer what the recipe names
+    assert "files" not in report_of(run)[0]["data"]["pretrain"][0]
+
+
+def test_every_command_that_worked_on_the_run_is_told(make_run: MakeRun) -> None:
+    run = make_run()
+    write_json(run.environment_path, {"torch": "2.11.0", "packages": {"numpy": "2.1"}, "command": ["picollm", "first"]})
+    here = {"torch": "2.11.0", "packages": {"numpy": "2.1"}, "git_dirty": True}
+    lines = [
+        {"stage": "tokenizer", "t": 10.0, "command": ["picollm", "first"], **here},
+        {"stage": "pretrain", "t": 20.0, "command": ["picollm", "first"], **here},
+        {"stage": "sft", "t": 86400.0, "command": ["picollm", "speedrun", "--force", "sft"], **here, "torch": "2.13.0"},
+        {"stage": "eval/sft-bpb", "t": 86500.0, "command": ["picollm", "eval"], **here, "packages": {"numpy": "2.4"}},
+        {"stage": "eval/sft-chat", "t": 86510.0, "command": ["picollm", "eval"], **here, "packages": {"numpy": "2.4"}},
+    ]
+    run.events_path.write_text("".join(json.dumps({"v": 1, "kind": "command", **line}) + "\n" for line in lines))
+    figures, page = report_of(run)
+    assert [(entry["stages"], entry["other"]) for entry in figures["commands"]] == [
+        (["tokenizer", "pretrain"], {}),
+        (["sft"], {"torch": ["2.11.0", "2.13.0"]}),
+        (["eval"], {"packages.numpy": ["2.1", "2.4"]}),
+    ]
+    row = "| 1970-01-02 00:00:00 UTC | sft | `picollm speedrun --force sft` | `torch` 2.13.0, not 2.11.0 |"
+    assert row in page
+
+
+def test_a_clock_that_went_back_makes_no_negative_time(make_run: MakeRun) -> None:
+    run = make_run()
+    text = [{"kind": "stage_start", "t": 9000.0, "attempt": 1}, {"kind": "step", "t": 5400.0, "step": 1, "loss": 1.0}]
+    lines = [{"v": 1, "stage": "pretrain", **line} for line in text]
+    run.stage("pretrain").events_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"stage": "sft", "kind": "stage_start", "t": 9000.0}, {"stage": "sft", "kind": "stage_end", "t": 5400.0}]
+    run.events_path.write_text("".join(json.dumps({"v": 1, **line}) + "\n" for line in lines))
+    figures, _ = report_of(run)
+    assert (figures["stages"]["pretrain"]["wall_s"], figures["wall_s"]) == (0.0, {"sft": 0.0})
 
 
 def test_run_of_another_version_is_refused(make_run: MakeRun) -> None:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +22,13 @@ from picollm.data.datasets import Dataset
 from picollm.errors import IntegrityError, Interrupted, WorkerError
 from picollm.events import EventWriter, read_all
 from picollm.files import read_json, write_json
+from picollm.locks import hold_lock
 from picollm.run_dir import StageDir, run_named
 from picollm.stages import pretrain, token_cache
-from picollm.stages.training import read_inputs
+from picollm.stages.training import evaluating, read_inputs
 from picollm.tokenizer import cache
 from picollm.tokenizer.tokenizer import Tokenizer
+from picollm.train import checkpoint
 from picollm.train.checkpoint_files import checkpoint_dir, checkpoint_sha256
 from picollm.worker import Worker
 from tests.unit.stages.test_training import RECIPE, RUNTIME
@@ -92,6 +100,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def wait_until(condition: Callable[[], Any]) -> Any:
+    while not (found := condition()):
+        time.sleep(0.01)
+    return found
+
+
 def told(stage: StageDir, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_all(stage.events_path) if event["kind"] == kind]
 
@@ -152,10 +166,29 @@ def test_a_stop_while_tokenising_is_obeyed_by_all_ranks(
 
     thread = threading.Thread(target=other_rank)
     thread.start()
-    with pytest.raises(Interrupted, match="`peps` was being tokenised"):
+    with pytest.raises(Interrupted, match="before the tokens of `peps` were there"):
         pretrain.main(make_worker(stage, 0, 2, stops=True))
     thread.join(timeout=20)
     assert [type(error) for error in caught] == [Interrupted]
+
+
+def test_waiting_for_another_run_is_shown_and_can_be_stopped(
+    make_stage: Callable[..., StageDir], make_worker: MakeWorker
+) -> None:
+    stage = make_stage("second", {"peps": 1.0})
+    worker = make_worker(stage)
+    inputs = read_inputs(worker)
+    lock = cache._lock_of(cache.cache_dir(stage.run.base, inputs.datasets[0], inputs.tokenizer))
+    thread = threading.Thread(
+        target=lambda: wait_until(lambda: told(stage, "phase")) and setattr(worker, "stops", True)
+    )
+    with hold_lock(lock, "the cache"):
+        thread.start()
+        with pytest.raises(Interrupted, match="before the tokens of `peps` were there"):
+            pretrain.main(worker)
+    thread.join()
+    [phase] = told(stage, "phase")
+    assert phase["text"] == f"another run (process {os.getpid()}) is making the tokens of peps, 0 %…"
 
 
 def test_other_ranks_read_what_rank_0_made(make_stage: Callable[..., StageDir], make_worker: MakeWorker) -> None:
@@ -191,3 +224,88 @@ def test_a_shard_that_was_cut_is_found_although_the_cache_is_there(
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(IntegrityError, match=shard.name):
         pretrain.main(make_worker(make_stage("second", {"peps": 1.0})))
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+# A rank of the stage as torchrun starts it; rank 1 fails in its second evaluation.
+RANK = """
+import os
+from picollm.model.gpt import GPT
+from picollm.stages import pretrain
+from picollm.worker import run
+validate, nats = pretrain.validate, GPT.nats
+passes = []
+def counting(self, ids, targets):
+    passes.append(None)
+    return nats(self, ids, targets)
+def failing(*args):
+    GPT.nats = (lambda *args: [][0]) if passes and os.environ["RANK"] == "1" else counting
+    try:
+        return validate(*args)
+    finally:
+        print(len(passes), flush=True)
+pretrain.validate = failing
+pretrain.bits_per_byte.rows_per_pass = lambda model, T: 1  # so that there is a pass for rank 1
+run(pretrain.main)
+"""
+
+
+def test_all_ranks_evaluate_and_none_waits_for_one_that_failed(
+    make_stage: Callable[..., StageDir], make_worker: MakeWorker
+) -> None:
+    """Two processes and a process group: the figures of one, told once; an error on one of them ends both."""
+    stage = make_stage("ranks", {"peps": 3.0, "rfcs": 1.0}, dtype="float64", steps=30)
+    config = read_json(stage.config_path)
+    config["runtime"] |= {"ranks": 2, "device_batch_size": 1, "eval_every": 10, "keep_last": 9}
+    write_json(stage.config_path, config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, stage.path], env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    passes = [int(process.communicate(timeout=60)[0].split()[0]) for process in ranks]
+    assert not {0, 130} & {process.returncode for process in ranks}
+    assert read_json(stage.log_dir / "error.json")["rank"] == 1
+    assert {event["step"] for event in told(stage, "eval")} == {10} and stage.finished_steps()[-1] == 20
+    assert [event["text"] for event in told(stage, "phase")][-3:] == ["evaluating…", "", "evaluating…"]
+    # One process reads the same off the weights that were saved at step 10, and finishes from there what two began.
+    shutil.rmtree(checkpoint_dir(stage, 20))
+    one = make_worker(stage)
+    inputs = read_inputs(one)
+    model = checkpoint.load_model(stage, dtype="float64").model
+    parts = pretrain.held_out(inputs)
+    assert sum(passes) == sum(len(part.rows) for part in parts) and abs(passes[0] - passes[1]) <= len(parts)
+    values = {event["name"]: event["value"] for event in told(stage, "eval")}
+    assert pretrain.validate(model, inputs, parts) == values and len(values) == 3
+    pretrain.main(one)
+    assert {event["step"] for event in told(stage, "eval")} == {10, 20, 30}
+
+
+def test_an_evaluation_says_how_far_it_is(
+    make_stage: Callable[..., StageDir], make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("picollm.stages.training.TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("picollm.stages.pretrain.bits_per_byte.rows_per_pass", lambda model, T: 1)
+    stage = make_stage("told", {"peps": 3.0, "rfcs": 1.0}, cache_gib=0.0)
+    pretrain.main(make_worker(stage))
+    first, *shares, last = [event["text"] for event in told(stage, "phase")]
+    assert (first, last) == ("evaluating…", "") and shares[-1] == "evaluating, 100% done…"
+    numbers = [int(text.split()[1].rstrip("%")) for text in shares]
+    assert numbers == sorted(numbers) and len(set(numbers)) > 2
+
+
+def test_an_evaluation_ends_when_a_stop_was_asked_for(
+    make_stage: Callable[..., StageDir], make_worker: MakeWorker
+) -> None:
+    stage = make_stage("ended", {"peps": 1.0})
+    with pytest.raises(Interrupted), evaluating(make_worker(stage, stops=True)) as look:
+        look(0.5)
+    with evaluating(make_worker(stage)) as look:
+        look(0.5)

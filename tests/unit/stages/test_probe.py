@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import picollm
 from picollm.attention_choice import AttentionDevice
 from picollm.hardware import detect
+from picollm.stages import probe
 from picollm.torch_facts import CACHE_NAME, torch_facts
 
 
@@ -45,6 +48,23 @@ def test_a_torch_that_cannot_be_imported_is_reported_as_json(tmp_path: Path) -> 
     )
     assert done.returncode == 3
     assert json.loads(done.stdout) == {"error": "OSError: libtorch_cpu.so: cannot open shared object file"}
+
+
+def test_a_cudnn_older_than_torchs_own_is_a_version_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does with such a one in `LD_LIBRARY_PATH`: it raises at the first question and answers the second."""
+    answers: list[Any] = [RuntimeError("cuDNN version incompatibility"), 91002]
+
+    def version() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    assert probe._cuda(torch) == {"available": True, "reason": None, "cudnn": 91002}
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)  # a build without it
+    assert probe._cuda(torch)["cudnn"] is None
 
 
 @pytest.mark.gpu

@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from picollm.data import toy_world
 from picollm.data.conversations import Conversation
 from picollm.model.gpt import GPT
-from picollm.stages.sft import learnable, mix, tokens_of, validation_loss
+from picollm.stages.sft import (
+    VALIDATION_ROWS,
+    learnable,
+    tokens_of,
+    validation_loss,
+    validation_mix,
+    validation_rows,
+)
+from picollm.tokenizer.chat_format import render
 from picollm.tokenizer.tokenizer import Tokenizer
 
 
@@ -30,7 +39,7 @@ def mixed(sizes: dict[str, int], weights: list[float], seed: int = 0) -> list[Co
     parts: list[Any] = [SimpleNamespace(conversations=lambda _, n=n, w=w: talks(w, n)) for w, n in sizes.items()]
     sources = [SimpleNamespace(dataset=name, weight=w) for name, w in zip(sizes, weights, strict=True)]
     recipe: Any = SimpleNamespace(seed=seed, data=sources)
-    return mix(parts, recipe, "train")
+    return validation_mix(parts, recipe)
 
 
 def words(conversations: list[Conversation]) -> Counter[str]:
@@ -63,7 +72,7 @@ def test_the_mixture_is_the_same_for_the_same_seed() -> None:
 
 
 def test_sources_do_not_stay_together() -> None:
-    """Of a large dataset the order permutes blocks only, so a batch would see one source."""
+    """Only so many rows are scored, and all sources are to be among them."""
     found = words(mixed({"a": 2000, "b": 2000}, [1.0, 1.0])[:1000])
     assert 400 < found["a"] < 600
 
@@ -72,12 +81,30 @@ def test_one_source_is_taken_as_it_is() -> None:
     assert mixed({"a": 5}, [0.3]) == talks("a", 5)
 
 
-def test_validation_loss(random_model: Callable[..., GPT], tokenizer: Tokenizer) -> None:
+def test_validation_loss_is_that_of_one_row_after_another(
+    random_model: Callable[..., GPT], tokenizer: Tokenizer
+) -> None:
     model = random_model(T=64)
     conversations = [Conversation.from_json(talk) for talk in toy_world.conversations(20, 5)]
-    first = validation_loss(model, conversations, tokenizer, 64, 4)
-    assert first is not None and first > 1.0
-    assert validation_loss(model, conversations, tokenizer, 64, 4) == first
+    rows = validation_rows(conversations, tokenizer, 64)
+    nats, count = 0.0, 0
+    for ids, targets in rows:
+        log_p = model(torch.from_numpy(ids)[None].long())[0].log_softmax(-1)
+        wanted = torch.from_numpy(targets).long()
+        nats -= float(log_p[wanted >= 0].gather(-1, wanted[wanted >= 0][:, None]).sum(dtype=torch.float64))
+        count += int((wanted >= 0).sum())
+    shares: list[float] = []
+    assert validation_loss(model, rows, on_progress=shares.append) == pytest.approx(nats / count, rel=1e-6)
+    assert shares == [1.0]  # 64 rows in a pass
+
+
+def test_validation_rows_hold_as_many_conversations_as_there_are(tokenizer: Tokenizer) -> None:
+    """However few: neither one row, nor as many as suit a batch of some size."""
+    conversations = talks("a", 30)
+    rows = validation_rows(conversations, tokenizer, 64)
+    size = len(render(tokenizer, conversations[0])[0])
+    assert len(rows) * (64 // size) >= 30 > (len(rows) - 1) * (64 // size)
+    assert len(validation_rows(conversations * 300, tokenizer, 64)) == VALIDATION_ROWS
 
 
 def test_conversations_without_a_trained_token_are_left_out_and_counted(tokenizer: Tokenizer) -> None:
@@ -107,7 +134,7 @@ def test_without_conversations_there_is_no_validation_loss(
     random_model: Callable[..., GPT], tokenizer: Tokenizer
 ) -> None:
     model = random_model(T=8)
-    assert validation_loss(model, [], tokenizer, 8, 4) is None
     # The question alone fills the row: no token of an answer is left to score.
     long = talks("word " * 40, 3)
-    assert validation_loss(model, long, tokenizer, 8, 4) is None
+    for conversations in ([], long):
+        assert validation_loss(model, validation_rows(conversations, tokenizer, 8)) is None

@@ -175,7 +175,7 @@ def test_dataset_of_conversations(run: RunDir, tmp_path: Path):
 
 
 def test_dataset_without_text(run: RunDir, notes: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stage_module.datasets.Dataset, "chars", lambda self, split=None: 0)
+    monkeypatch.setattr(stage_module.Dataset, "chars", lambda self, split=None: 0)
     with pytest.raises(ConfigError, match="no text"):
         train_stage(run, config(notes))
     assert not run.tokenizer.exists()

@@ -7,6 +7,7 @@ import errno
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +96,21 @@ def test_one_save_is_in_flight_and_the_next_waits(stage: StageDir, make, monkeyp
     saver.wait()
     assert [saved.step for saved in saver.finished()] == [1, 2, 3, 4]
     assert at_once == [[f"step_{step:06d}"] for step in range(1, 5) for _ in range(2)]
+
+
+def test_a_tensor_is_let_go_before_the_next_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's tensors, whose bytes are copies, then take the memory of one."""
+    raw, alive = tensors._raw, []
+    views: list[weakref.ref[memoryview]] = []
+
+    def noted(tensor: torch.Tensor) -> memoryview:
+        alive.append(sum(view() is not None for view in views))
+        views.append(weakref.ref(view := raw(tensor)))
+        return view
+
+    monkeypatch.setattr(tensors, "_raw", noted)
+    tensors.write_tensors(tmp_path / "t.safetensors", {name: torch.ones(3) for name in "abc"})
+    assert alive == [0, 0, 0]
 
 
 def test_our_files_are_those_of_the_library(tmp_path: Path) -> None:
@@ -228,6 +244,42 @@ def test_without_memory_for_copies_training_waits_instead(
     saver.save(1, training.model, training.optimizer, META)
     assert [saved.step for saved in saver.finished()] == [1]
     assert len(warnings) == 1 and "cannot pin" in warnings[0]
+
+
+def test_memory_that_ends_half_way_is_given_back(stage: StageDir, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, make_block = make(), torch.empty
+    blocks: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def two_blocks(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(blocks) == 2:
+            raise RuntimeError("cannot pin")
+        block = make_block(*args, **kwargs)
+        blocks.append(weakref.ref(block.untyped_storage()))
+        return block
+
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(tensors.torch, "empty", two_blocks)
+    gone: list[bool] = []
+    saver = Saver(
+        stage, 0, 1, keep_last=2, asynchronous=True, warn=lambda _: gone.extend(block() is None for block in blocks)
+    )
+    saver.save(1, training.model, training.optimizer, META)
+    assert gone == [True, True] and stage.finished_steps() == [1]
+
+
+def test_buffers_share_blocks_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 1024)
+    shapes = [(3, 5), (), (400,), (7,), (0, 4), (100, 1), (2, 2, 2)]
+    dtypes = [torch.float32, torch.float64, torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float16]
+    named = {str(shape): torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)}
+    for value, tensor in enumerate(named.values()):
+        tensor.fill_(value)
+    buffers = tensors.host_buffers(named)
+    for name, tensor in named.items():
+        buffers[name].copy_(tensor)
+    assert all(torch.equal(buffers[name], tensor) for name, tensor in named.items())
+    blocks = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in buffers.values()}
+    assert sorted(blocks.values()) == [64, 1024, 1600]  # one is larger than a block, the last has what is left
 
 
 # -- several ranks ----------------------------------------------------------------------------------------------------

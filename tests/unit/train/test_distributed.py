@@ -29,6 +29,7 @@ for work in works:
 gathered = torch.empty(4)
 ranks.all_gather(gathered, part + rank).wait()
 total = distributed.all_reduce_sum(torch.tensor([1.0, rank]))
+assert distributed.any_rank(rank == 1) and not distributed.any_rank(False)
 print(part.tolist(), both.tolist(), gathered.tolist(), total.tolist())
 distributed.stop()
 """
@@ -42,6 +43,7 @@ def test_one_process_has_nothing_to_exchange(monkeypatch: pytest.MonkeyPatch) ->
     ranks.all_reduce(tensor).wait()
     assert tensor.tolist() == [1.0, 2.0]
     assert distributed.all_reduce_sum(torch.tensor([3.0])).tolist() == [3.0]
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
     distributed.stop()
     distributed.stop()
 
@@ -95,6 +97,16 @@ def test_more_ranks_than_gpus_are_refused(gpus: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(NoGroup):
         distributed.start()
+
+
+def test_nccl_is_told_its_gpu(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **rest: told.extend((*args, rest)))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.start() == torch.device("cuda", 1) and distributed.ranks_here() == 2
+    assert told == ["nccl", {"timeout": distributed.TIMEOUT, "device_id": torch.device("cuda", 1)}]
 
 
 def test_missing_nccl_is_named(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:

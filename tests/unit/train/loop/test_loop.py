@@ -191,6 +191,68 @@ def test_a_recipe_edited_by_hand_is_not_trained_on(worker, make_job: MakeJob) ->
     assert verify(checkpoint_dir(worker.stage, 2)) == before and worker.stage.finished_steps() == [2]
 
 
+# -- evaluations that are stopped -------------------------------------------------------------------------------------
+
+
+def stopped_at(job: Job, step: int) -> list[int]:
+    """Let the evaluation of a step end as one that all ranks were asked to stop; returns the steps of all of them."""
+    seen: list[int] = []
+
+    def evaluate(at: int) -> dict[str, float]:
+        seen.append(at)
+        if at == step:
+            raise Interrupted("stopped while it evaluated")
+        return {"val": float(at)}
+
+    job.evaluate = evaluate
+    return seen
+
+
+def test_an_evaluation_that_was_stopped_is_obeyed_by_the_next_step(worker, make_worker, make_job: MakeJob) -> None:
+    whole = make_job()
+    train(make_worker("other"), whole)
+    job = make_job(runtime={"eval_every": 2, "keep_last": 9})
+    assert stopped_at(job, 2) == []
+    with pytest.raises(Interrupted, match=f"stopped at step 3 of {STEPS}, state saved"):
+        train(worker, job)
+    assert worker.stage.finished_steps() == [2, 3] and not worker.told("eval")
+    assert job.trainer.model.training
+    again = make_job(runtime={"eval_every": 2})
+    seen = stopped_at(again, 0)
+    assert train(worker, again)["val"] == STEPS
+    assert seen == [4, 6]
+    assert_same_weights(whole, again)
+
+
+def test_a_last_evaluation_that_was_stopped_is_made_on_resume(worker, make_job: MakeJob) -> None:
+    job = make_job()
+    seen = stopped_at(job, STEPS)
+    with pytest.raises(Interrupted):
+        train(worker, job)
+    assert (seen, worker.stage.finished_steps(), worker.told("eval")) == ([STEPS], [STEPS], [])
+    again = make_job()
+    seen = stopped_at(again, 0)
+    result = train(worker, again)
+    assert seen == [STEPS] and result["val"] == STEPS
+    assert result["loss"] == pytest.approx(worker.told("step")[-1]["loss"], abs=1e-6)
+    assert_same_weights(job, again)
+    assert [event["step"] for event in worker.told("step")] == list(range(1, STEPS + 1))
+    assert [event["value"] for event in worker.told("eval")] == [STEPS]
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_saves_beside_training_where_the_machine_has_room(
+    worker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = loop._Loop(worker, make_job())
+    assert here._can_copy() and not worker.told("note")
+    monkeypatch.setattr(loop, "host_memory", lambda: (2**10, 2**10))
+    assert not here._can_copy()
+    assert "of this machine's 1.0 KiB" in worker.told("note")[0]["text"]
+
+
 # -- beside the steps -------------------------------------------------------------------------------------------------
 
 
