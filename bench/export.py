@@ -2,7 +2,8 @@
 
 A run with random weights is made in a temporary folder and exported by the library's own function in a process of its
 own, first without llama.cpp, then with it where it is installed. Memory is sampled every 10 ms: `peak_rss_mib` counts
-pages of mapped files too, which the system can drop at any time; `peak_anonymous_mib` does not.
+pages of mapped files too, which the system can drop at any time; `peak_anonymous_mib` does not. llama.cpp answers in a
+process of its own: `peak_rss_with_children_mib` is that of both at one time, with what they share counted twice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ def make_run(base: Path, shape: str) -> None:
     )  # fmt: skip
     model = GPT(arch)
     model.init_weights(0)
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head")):
@@ -78,12 +81,14 @@ def words() -> Iterator[str]:
 def export(base: Path, quant: str, host: str, *, runtime: bool) -> dict[str, object]:
     """One export in this process; called in a fresh one."""
     os.environ["PICOLLM_BASE_DIR"] = str(base)
-    samples = [(0, 0)]
+    # Only the largest are kept: objects of every sample would lie between those of the export and keep their memory.
+    peaks = {"rss": 0, "with children": 0, "anonymous": 0}
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.01):
-            samples.append(memory())
+            for name, size in memory().items():
+                peaks[name] = max(peaks[name], size)
 
     threading.Thread(target=watch, daemon=True).start()
     started, cpu = time.perf_counter(), time.process_time()
@@ -108,22 +113,32 @@ def export(base: Path, quant: str, host: str, *, runtime: bool) -> dict[str, obj
         "runtime": runtime,
         "wall_s": round(seconds, 1),
         "cpu_s": round(time.process_time() - cpu, 1),
+        "children_cpu_s": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), 1),
         "phases_start_s": {phase: round(at, 1) for phase, at in phases.items()},
         "file_mib": round(report["bytes"] / 2**20, 1),
-        "peak_rss_mib": max(rss for rss, _ in samples) // 1024,
-        "peak_anonymous_mib": max(anonymous for _, anonymous in samples) // 1024,
+        "peak_rss_mib": peaks["rss"] // 1024,
+        "peak_rss_with_children_mib": peaks["with children"] // 1024,
+        "peak_anonymous_mib": peaks["anonymous"] // 1024,
         "checks": {row["name"]: row["value"] for row in report["checks"]},
     }
 
 
-def memory() -> tuple[int, int]:
-    """Resident memory of this process and the part of it that no file backs, in KiB."""
-    found = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name in ("VmRSS", "RssAnon"):
-            found[name] = int(rest.split()[0])
-    return found["VmRSS"], found["RssAnon"]
+def memory() -> dict[str, int]:
+    """Resident memory of this process, with that of its children, and the part that no file backs, in KiB."""
+    found = status("self")
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    theirs = sum(status(pid).get("VmRSS", 0) for pid in children)
+    return {"rss": found["VmRSS"], "with children": found["VmRSS"] + theirs, "anonymous": found["RssAnon"]}
+
+
+def status(pid: str) -> dict[str, int]:
+    """The sizes that the system tells of a process, in KiB; none where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    parts = (line.partition(":") for line in lines)
+    return {name: int(rest.split()[0]) for name, _, rest in parts if rest.endswith(" kB")}
 
 
 def main() -> None:

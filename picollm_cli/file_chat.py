@@ -11,6 +11,9 @@ from picollm.errors import ConfigError
 from picollm_cli.console import Output
 
 LEAST_REPLY_TOKENS = 16
+# Keys and values of the whole context are allocated when a file is loaded: 2 GiB for a stock model of 7 B parameters
+# at this length, and as many terabytes as a file cares to claim without a limit.
+MOST_CONTEXT = 8192
 
 
 class FileChat:
@@ -18,6 +21,9 @@ class FileChat:
 
     Args:
         system: system message, for chat models only.
+
+    Attributes:
+        context: tokens of the conversation and its reply: as many as the file names, at most `MOST_CONTEXT`.
 
     Raises:
         HostError: llama.cpp is not installed.
@@ -38,9 +44,17 @@ class FileChat:
                 cause=f"`{path.name}` has no chat template: it learned to continue text, not to follow turns",
                 hint="export a later stage: `picollm export gguf --stage sft`",
             )
-        self._runtime = Runtime(path, context=self.about.context)
+        self.context = min(self.about.context, MOST_CONTEXT)
+        self._runtime = Runtime(path, context=self.context)
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know of the context before it is full; None when it is the file's own."""
+        if self.context == self.about.context:
+            return None
+        return f"the file names a context of {self.about.context:,} tokens; {self.context:,} are used here"
 
     def reset(self) -> None:
         """Forget the turns; the system message stays."""
@@ -58,10 +72,12 @@ class FileChat:
         if not self.about.is_chat:
             ids = [self.about.bos, *self._runtime.tokenize(text)]
             self._check(len(ids))
-            reply = self._runtime.continue_text(ids, temperature=temperature, seed=seed, on_text=on_text)
+            reply = self._runtime.continue_text(
+                ids, temperature=temperature, seed=seed, on_text=on_text, max_tokens=self.context - len(ids)
+            )
             return {**reply, "turns_dropped": 0}
         turns, dropped = [*self._turns, {"role": "user", "content": text}], 0
-        while (length := len(self._runtime.render([*self._system, *turns]))) + LEAST_REPLY_TOKENS > self.about.context:
+        while (length := len(self._runtime.render([*self._system, *turns]))) + LEAST_REPLY_TOKENS > self.context:
             if len(turns) == 1:
                 self._check(length)
             turns, dropped = turns[2:], dropped + 1
@@ -72,16 +88,19 @@ class FileChat:
             on_text(piece)
 
         try:
-            reply = self._runtime.answer([*self._system, *turns], temperature=temperature, seed=seed, on_text=listen)
+            reply = self._runtime.answer(
+                [*self._system, *turns], temperature=temperature, seed=seed, on_text=listen,
+                max_tokens=self.context - length,
+            )  # fmt: skip
         finally:
             self._turns = [*turns, {"role": "assistant", "content": "".join(said)}]
         return {**reply, "turns_dropped": dropped}
 
     def _check(self, length: int) -> None:
-        if length + LEAST_REPLY_TOKENS > self.about.context:
+        if length + LEAST_REPLY_TOKENS > self.context:
             raise ConfigError(
-                "the message does not fit the model's context",
-                cause=f"it has {length} tokens; the context has {self.about.context}, of which a reply needs "
+                "the message does not fit the context",
+                cause=f"it has {length} tokens; the context has {self.context}, of which a reply needs "
                 f"{LEAST_REPLY_TOKENS}",
                 hint="shorten it",
             )
@@ -142,7 +161,7 @@ def answer(
 def header(chat: FileChat, temperature: float) -> str:
     """Who answers, in one line."""
     how = f"temperature {temperature:g}" if temperature else "greedy"
-    return f"{chat.path.name}, answered by llama.cpp, context of {chat.about.context:,} tokens, {how}"
+    return f"{chat.path.name}, answered by llama.cpp, context of {chat.context:,} tokens, {how}"
 
 
 NO_CALCULATOR = "llama.cpp runs no calculator: the model guesses what ours would work out, and shows its working"

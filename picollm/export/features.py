@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from picollm.config.model import Architecture
+from picollm.tokenizer.special import SPECIALS
 
 GGUF = "gguf"
 TRANSFORMERS = "transformers"
 REMOTE_CODE = "transformers (remote code)"
+BYTES = 256  # tokens that every tokenizer has, before the first that is merged of them
 TARGETS = (GGUF, TRANSFORMERS, REMOTE_CODE)
 
 
@@ -38,38 +40,58 @@ def blockers(arch: Architecture, *, digits: int = 1) -> dict[str, list[str]]:
 
     Args:
         digits: longest run of digits that the tokenizer keeps together. llama.cpp splits numbers into single digits,
-            or into threes, and knows no pairs.
+            or into threes, and knows no pairs; nor does it read a tokenizer of single bytes.
     """
     stock = blocking_features(arch)
-    pairs = [f"tokens of {digits} digits (`tokenizer.digits`)"] if digits == 2 else []
-    return {GGUF: [*stock, *pairs], TRANSFORMERS: stock, REMOTE_CODE: []}
+    return {GGUF: [*stock, *_blocking_tokenizer(arch, digits)], TRANSFORMERS: stock, REMOTE_CODE: []}
+
+
+def _blocking_tokenizer(arch: Architecture, digits: int) -> dict[str, str]:
+    """What of a tokenizer no reader of GGUF has -> what to train one with instead."""
+    found = {}
+    if digits == 2:
+        found[f"tokens of {digits} digits (`tokenizer.digits`)"] = "`tokenizer.digits=1`"
+    if arch.vocab_size <= BYTES + len(SPECIALS):
+        found["a tokenizer that merges nothing"] = "more text for its tokenizer"
+    return found
+
+
+def gguf_cure(arch: Architecture, *, digits: int) -> str:
+    """How a run must be made for its model to become a GGUF file, where `blockers` names something."""
+    cures = ["`model.arch=portable`"] if blocking_features(arch) else []
+    return f"a run with {', '.join([*cures, *_blocking_tokenizer(arch, digits).values()])} exports as GGUF"
 
 
 def exports(arch: Architecture, *, digits: int = 1) -> dict[str, Export]:
     """Each target with whether it is possible, and why or why not (MODEL 2-4)."""
     blocking = blockers(arch, digits=digits)
+    gguf = Export(True, _gguf_types(arch))
+    stock = Export(True, "every feature folds into a stock architecture")
+    if names := blocking[GGUF]:
+        cure = gguf_cure(arch, digits=digits)
+        gguf = Export(False, f"no program that reads GGUF has {', '.join(names)}; {cure}")
+    if names := blocking[TRANSFORMERS]:
+        cure = "`model.arch=portable` has none of it"
+        stock = Export(False, f"no stock architecture has {', '.join(names)}; {cure}")
     return {
-        GGUF: _stock(blocking[GGUF], _gguf_types(arch), "no program that reads GGUF has"),
-        TRANSFORMERS: _stock(
-            blocking[TRANSFORMERS], "every feature folds into a stock architecture", "no stock architecture has"
-        ),
+        GGUF: gguf,
+        TRANSFORMERS: stock,
         REMOTE_CODE: Export(True, "the model's own code goes with it: readers must set `trust_remote_code`"),
     }
 
 
-def _stock(blocking: list[str], reason: str, nobody_has: str) -> Export:
-    if not blocking:
-        return Export(True, reason)
-    cure = "`model.arch=portable` has none of it" if len(blocking) > 1 or "digits" not in blocking[0] else None
-    cure = cure or "train the tokenizer with `tokenizer.digits=1`"
-    return Export(False, f"{nobody_has} {', '.join(blocking)}; {cure}")
+def row_widths(arch: Architecture) -> tuple[int, ...]:
+    """Weights in the rows of the matrices."""
+    return arch.hidden_size, arch.head_dim * arch.num_attention_heads, arch.intermediate_size
 
 
 def _gguf_types(arch: Architecture) -> str:
     """Which types the rows of the matrices are long enough for."""
-    widths = (arch.head_dim * arch.num_attention_heads, arch.hidden_size, arch.intermediate_size)
+    widths = row_widths(arch)
     if any(width % 32 for width in widths):
         return "quantised rows need widths that are multiples of 32: matrices of other widths stay F16"
-    if any(width % 256 for width in widths):
+    if all(width % 256 for width in widths):
         return "all but K-quants, whose rows need widths that are multiples of 256"
+    if any(width % 256 for width in widths):
+        return "K-quants need widths that are multiples of 256: matrices of other widths get another type"
     return "every feature folds into a stock architecture"

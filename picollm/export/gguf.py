@@ -5,6 +5,7 @@ What stands in it is `gguf_table.py`'s business.
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from picollm.errors import HostError
+from picollm.errors import ConfigError, HostError
 from picollm.export import folding
 from picollm.export.folding import Checkpoint
 from picollm.export.gguf_table import Entry, Key, entries, keys, tensor_name
@@ -32,6 +34,7 @@ XIELU = {
     "beta": folding.XIELU_BETA,
     "eps": folding.XIELU_EPS,
 }
+LARGEST_F16 = 65504.0
 QUANTISE_PROGRAM = "llama-quantize"
 QUANTISE_HINT = (
     f"put llama.cpp's `{QUANTISE_PROGRAM}` on PATH (it is in its release archives and in most package managers' "
@@ -106,10 +109,12 @@ def write(
         on_progress: called with bytes written and bytes in all.
 
     Raises:
+        ConfigError: a value is not finite in its type.
         HostError: there is not enough room, or the disk fails.
     """
     total = num_bytes(listed)
-    _check_room(path, total)
+    # What `llama-quantize` makes of the file stands beside it for a while.
+    _check_room(path, total if quant.direct else int(total * (1 + quant.bits / 32)))
     writer = gguf.GGUFWriter(None, host)
     for name, key in metadata.items():
         getattr(writer, f"add_{key.kind}")(name, key.value)
@@ -127,12 +132,29 @@ def write(
             done = 0
             for entry, (name, tensor) in zip(listed, tensors(checkpoint, host, quant), strict=True):
                 assert name == entry.name and tuple(tensor.shape) == entry.shape, name
+                _check_finite(entry, tensor)
                 data = gguf.quantize(tensor.numpy(), gguf.GGMLQuantizationType[entry.tensor_type])
                 writer.write_tensor_data(data)
                 done += data.nbytes
                 on_progress(done, total)
         finally:
             writer.close()
+
+
+def _check_finite(entry: Entry, tensor: Tensor) -> None:
+    largest = max(map(abs, torch.stack(tensor.aminmax()).tolist()))  # no copy of the tensor; a NaN is both
+    if not math.isfinite(largest):
+        raise ConfigError(
+            f"`{entry.name}` cannot be written",
+            cause="it holds a value that is no number",
+            hint="export an earlier stage (`--stage pretrain`), or train again: this training diverged",
+        )
+    if entry.tensor_type == "F16" and largest > LARGEST_F16:
+        raise ConfigError(
+            f"`{entry.name}` cannot be written as F16",
+            cause=f"it holds {largest:.3g}, beyond the range of the type",
+            hint="choose `--quant BF16` or `--quant F32`",
+        )
 
 
 def _check_room(path: Path, needed: int) -> None:

@@ -12,7 +12,8 @@ from picollm.errors import ConfigError
 from picollm.export import features, folding, gguf, gguf_file, llamacpp_checks, parity
 from picollm.export.folding import Checkpoint
 from picollm.export.gguf_table import Entry
-from picollm.export.gguf_types import Quant
+from picollm.export.gguf_types import DIRECT, Quant
+from picollm.export.heap import return_large_blocks
 from picollm.export.ollama import modelfile
 from picollm.export.parity import Check
 from picollm.export.provenance import provenance_of
@@ -20,6 +21,8 @@ from picollm.export.unready import unready as temporary
 from picollm.files import sha256_file, write_atomic
 from picollm.run_dir import RunDir, StageDir
 from picollm.scaling import num_params
+from picollm.train import checkpoint_files
+from picollm.train.checkpoint_tensors import architecture_of
 
 # phase, done, total
 Progress = Callable[[str, int, int], None]
@@ -79,10 +82,12 @@ def export_gguf(
         HostError: no room on the disk, or a program that is needed is not there.
     """
     quant, host, out = request.quant, request.host, request.out
-    if not quant.direct:
-        gguf.find_program(quant)
+    return_large_blocks()
     parity.claim(out, force=request.force)
     _refuse_foreign_modelfile(out)
+    if not quant.direct:
+        _refuse_widths(request.stage, quant)
+        gguf.find_program(quant)
     checkpoint = folding.open_checkpoint(request.stage)
     tokenizer = folding.open_tokenizer(checkpoint)
     refuse_blocked(checkpoint, digits=tokenizer.digits)
@@ -109,7 +114,8 @@ def export_gguf(
         finally:
             if source != unready:
                 source.unlink(missing_ok=True)
-        checks = _file_checks(unready, checkpoint, host, quant, listed, metadata, on_progress)
+        stored = gguf_file.read(unready)
+        checks = _file_checks(unready, stored, checkpoint, host, quant, listed, metadata, on_progress)
         on_progress("llama.cpp", 0, 1)
         checks += llamacpp_checks.checks(unready, checkpoint, tokenizer, quant)
         on_checks(checks)
@@ -125,7 +131,8 @@ def export_gguf(
             "sha256": sha256_file(unready),
             "checkpoint_sha256": checkpoint.sha256,
             "recipe_sha256": provenance.recipe_sha256,
-            "kept_float": gguf_file.float_matrices(unready) if not quant.is_float else [],
+            "types": stored.matrix_types,
+            "kept_float": stored.float_matrices if not quant.is_float else [],
             "runtime": OLDEST_RUNTIME[host],
         }
         report = parity.finish(unready, out, checks, about)
@@ -146,6 +153,26 @@ def _refuse_foreign_modelfile(out: Path) -> None:
         )
 
 
+def _refuse_widths(stage: StageDir, quant: Quant) -> None:
+    """Say that the model is too narrow for a type before its program is asked for.
+
+    Raises:
+        ConfigError: no matrix has rows that its blocks divide.
+        MissingArtifact: the stage has no checkpoint.
+    """
+    path = checkpoint_files.checkpoint_dir(stage, checkpoint_files.latest_step(stage))
+    widths = sorted({*features.row_widths(architecture_of(path, checkpoint_files.read_meta(path)))})
+    if any(map(quant.fits, widths)):
+        return
+    others = [other for other in DIRECT.values() if any(map(other.fits, widths)) and not other.is_float]
+    nearest = min(others or [DIRECT["F16"]], key=lambda other: abs(other.bits - quant.bits))
+    raise ConfigError(
+        f"no matrix of run `{stage.run.name}` can be stored as {quant.name}",
+        cause=f"its rows must be multiples of {quant.block}; they have {', '.join(map(str, widths))} weights",
+        hint=f"choose `--quant {nearest.name}`",
+    )
+
+
 def modelfile_path(out: Path) -> Path:
     """Ollama's `Modelfile` of a GGUF file; with the file's name before it, because a folder may hold several."""
     return out.with_name(f"{out.stem}.Modelfile")
@@ -162,19 +189,19 @@ def refuse_blocked(checkpoint: Checkpoint, *, digits: int) -> None:
         raise ConfigError(
             f"run `{checkpoint.stage.run.name}` cannot be exported as GGUF",
             cause=f"no program that reads GGUF has {', '.join(blocking)}",
-            hint=f"`picollm export transformers --run {checkpoint.stage.run.name}` takes its code with it; "
-            "a run with `--set model.arch=portable` exports as GGUF",
+            hint=f"use `picollm export transformers --run {checkpoint.stage.run.name}`; "
+            + features.gguf_cure(checkpoint.arch, digits=digits),
         )
 
 
 def _file_checks(
-    path: Path, checkpoint: Checkpoint, host: str, quant: Quant, listed: list[Entry], metadata: dict[str, Any],
-    on_progress: Progress,
+    path: Path, stored: gguf_file.Contents, checkpoint: Checkpoint, host: str, quant: Quant, listed: list[Entry],
+    metadata: dict[str, Any], on_progress: Progress,
 ) -> list[Check]:  # fmt: skip
     """The rows that need no runtime: every key and every tensor, read back from the disk."""
-    wrong = gguf_file.wrong_keys(path, host, quant, metadata)
+    wrong = gguf_file.wrong_keys(stored.keys, host, quant, metadata)
     error, differing = gguf_file.tensor_errors(
-        path, quant, listed, gguf.tensors(checkpoint, host, quant),
+        path, stored.tensors, quant, listed, gguf.tensors(checkpoint, host, quant),
         on_progress=lambda done, total: on_progress("reading back", done, total),
     )  # fmt: skip
     num_keys = len(metadata) + 2

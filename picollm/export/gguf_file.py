@@ -5,7 +5,10 @@ Knows no torch but as values that are handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,27 +26,79 @@ if TYPE_CHECKING:
 _COMPARED_AT_ONCE = 1 << 20
 
 
-def open_file(path: Path) -> gguf.GGUFReader:
-    """A GGUF file, mapped.
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of a file is.
+
+    Attributes:
+        shape: as torch has it.
+        offset: of its first byte.
+        dtype, width: items that the file's bytes are read as, and how many of them a row has.
+    """
+
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    dtype: np.dtype
+    width: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Keys and tensors of a file, without the values of the tensors."""
+
+    keys: dict[str, Any]
+    tensors: dict[str, Stored]
+
+    @property
+    def matrix_types(self) -> dict[str, int]:
+        """Type -> number of the matrices that have it."""
+        return dict(Counter(tensor.kind.name for tensor in self.tensors.values() if len(tensor.shape) > 1))
+
+    @property
+    def float_matrices(self) -> list[str]:
+        """Names of the matrices whose values are in no blocks."""
+        matrices = {name: tensor for name, tensor in self.tensors.items() if len(tensor.shape) > 1}
+        return [name for name, tensor in matrices.items() if tensor.kind.name in ("F32", "F16", "BF16")]
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[gguf.GGUFReader]:
+    """A GGUF file, mapped; what cannot be read inside is told as what it is.
 
     Raises:
         IntegrityError: it is none, or torn.
     """
     try:
-        return gguf.GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OSError) as error:
+        yield gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
         raise IntegrityError(f"`{path}` cannot be read as GGUF", cause=str(error), hint="export it again") from error
 
 
-def float_matrices(path: Path) -> list[str]:
-    """Names of the matrices of a quantised file that were not quantised, because their rows fit no block."""
-    kept = [tensor for tensor in open_file(path).tensors if len(tensor.shape) > 1]
-    return [tensor.name for tensor in kept if tensor.tensor_type.name in ("F32", "F16", "BF16")]
+def read(path: Path) -> Contents:
+    """What is in a file; its reader, which takes 100 MB for a large vocabulary, is gone afterwards.
+
+    Raises:
+        IntegrityError: it is no GGUF file, or torn.
+    """
+    with open_file(path) as reader:
+        return Contents(
+            {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")},
+            {
+                tensor.name: Stored(
+                    tensor.tensor_type,
+                    tuple(int(size) for size in reversed(tensor.shape)),
+                    int(tensor.data_offset),
+                    tensor.data.dtype,
+                    tensor.data.shape[-1],
+                )
+                for tensor in reader.tensors
+            },
+        )
 
 
-def wrong_keys(path: Path, host: str, quant: Quant, metadata: dict[str, Key]) -> list[str]:
-    """What of the file's metadata is not as in the table, each as one line; empty when all is."""
-    found = {name: field.contents() for name, field in open_file(path).fields.items() if not name.startswith("GGUF.")}
+def wrong_keys(found: dict[str, Any], host: str, quant: Quant, metadata: dict[str, Key]) -> list[str]:
+    """What of a file's keys is not as in the table, each as one line; empty when all is."""
     expected: dict[str, Any] = {name: _stored(key) for name, key in metadata.items()}
     expected |= {"general.architecture": host, "general.file_type": int(gguf.LlamaFileType[quant.file_type])}
     return [
@@ -69,6 +124,7 @@ def _short(value: Any) -> str:
 
 def tensor_errors(
     path: Path,
+    stored: dict[str, Stored],
     quant: Quant,
     listed: list[Entry],
     wanted: Iterable[tuple[str, Tensor]],
@@ -78,13 +134,13 @@ def tensor_errors(
     """Compare every tensor of the file with what it should hold.
 
     Args:
+        stored: the tensors of `read`.
         wanted: name and values of each, in the order of `listed`.
 
     Returns:
         the largest error of a tensor (root mean square, relative to the tensor's own), and a line for each tensor that
         is missing, unknown, or of another type or shape.
     """
-    stored = {tensor.name: tensor for tensor in open_file(path).tensors}
     names = {entry.name for entry in listed}
     wrong = [f"`{name}` is not in the table" for name in stored if name not in names]
     worst = 0.0
@@ -94,30 +150,28 @@ def tensor_errors(
         if found is None:
             wrong.append(f"`{name}` is missing")
             continue
-        shape = tuple(int(size) for size in reversed(found.shape))
-        kind = found.tensor_type.name
-        if shape != entry.shape or (quant.direct and kind != entry.tensor_type):
-            wrong.append(f"`{name}` is {kind} {shape}, wanted was {entry.tensor_type} {entry.shape}")
+        kind = found.kind.name
+        if found.shape != entry.shape or (quant.direct and kind != entry.tensor_type):
+            wrong.append(f"`{name}` is {kind} {found.shape}, wanted was {entry.tensor_type} {entry.shape}")
             continue
         worst = max(worst, _error(path, found, tensor))
         on_progress(done, len(listed))
     return worst, wrong
 
 
-def _error(path: Path, found: gguf.ReaderTensor, tensor: Tensor) -> float:
+def _error(path: Path, found: Stored, tensor: Tensor) -> float:
     """Root mean square of the difference, relative to that of the tensor.
 
     The file is read, not mapped: pages of a mapping stay with the process while there is room.
     """
     rows = tensor.reshape(-1, tensor.size(-1)).numpy()
-    width = found.data.shape[-1]  # of a row, in items of the file
     step = max(1, _COMPARED_AT_ONCE // rows.shape[1])
     difference = total = 0.0
     for first in range(0, len(rows), step):
         wanted = rows[first : first + step]
-        offset = found.data_offset + first * width * found.data.dtype.itemsize
-        stored = np.fromfile(path, found.data.dtype, count=len(wanted) * width, offset=offset)
-        got = gguf.dequantize(stored.reshape(len(wanted), width), found.tensor_type)
+        offset = found.offset + first * found.width * found.dtype.itemsize
+        stored = np.fromfile(path, found.dtype, count=len(wanted) * found.width, offset=offset)
+        got = gguf.dequantize(stored.reshape(len(wanted), found.width), found.kind)
         difference += float(np.square(got - wanted).sum(dtype=np.float64))
         total += float(np.square(wanted).sum(dtype=np.float64))
     if not np.isfinite(difference):

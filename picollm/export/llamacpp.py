@@ -27,7 +27,10 @@ def version() -> str | None:
     """Version of the installed runtime; None without one."""
     if importlib.util.find_spec(PACKAGE) is None:
         return None
-    return importlib.metadata.version(PACKAGE)
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:  # a folder of that name, without the records of an installation
+        return "of unknown version"
 
 
 def require() -> str:
@@ -61,10 +64,10 @@ class Runtime:
             import xllamacpp
 
             params = self._params(xllamacpp, str(path), context, threads, exact)
-        except (ImportError, AttributeError, TypeError) as error:
+        except Exception as error:  # an installation can be broken in any way, and its names change with releases
             raise HostError(
                 f"xllamacpp {found} cannot be used here",
-                cause=first_line(error),
+                cause=f"{type(error).__name__}: {first_line(error)}",
                 hint="get another with `python -m pip install --upgrade xllamacpp`",
             ) from error
         try:
@@ -144,11 +147,13 @@ class Runtime:
     # -- streamed replies ---------------------------------------------------------------------------------------------
 
     def answer(
-        self, messages: Sequence[dict[str, str]], *, temperature: float, seed: int, on_text: Callable[[str], None]
-    ) -> dict[str, Any]:
+        self, messages: Sequence[dict[str, str]], *, temperature: float, seed: int, on_text: Callable[[str], None],
+        max_tokens: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Answer a conversation with the file's own template.
 
         Args:
+            max_tokens: the longest reply; None lets it fill the context, which llama.cpp rounds up to 256 tokens.
             on_text: called with each piece of text as it is decoded; what it raises ends the reply.
 
         Returns:
@@ -157,14 +162,15 @@ class Runtime:
         Raises:
             ConfigError: the conversation does not fit the context.
         """
-        asked = {"messages": list(messages), "stream_options": {"include_usage": True}}
+        asked = {"messages": list(messages), "stream_options": {"include_usage": True}, **_at_most(max_tokens)}
         return self._stream(self._server.handle_chat_completions, asked, temperature, seed, on_text)
 
     def continue_text(
-        self, ids: Sequence[int], *, temperature: float, seed: int, on_text: Callable[[str], None]
-    ) -> dict[str, Any]:
+        self, ids: Sequence[int], *, temperature: float, seed: int, on_text: Callable[[str], None],
+        max_tokens: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Continue a prompt of ids, as `answer`."""
-        asked = {"prompt": list(ids), "stream_options": {"include_usage": True}}
+        asked = {"prompt": list(ids), "stream_options": {"include_usage": True}, **_at_most(max_tokens)}
         return self._stream(self._server.handle_completions, asked, temperature, seed, on_text)
 
     def _stream(
@@ -207,6 +213,10 @@ class Runtime:
             return _checked(json.loads(connection.getresponse().read()))
         finally:
             connection.close()
+
+
+def _at_most(max_tokens: int | None) -> dict[str, int]:
+    return {} if max_tokens is None else {"max_tokens": max_tokens}
 
 
 def _checked(reply: dict[str, Any]) -> dict[str, Any]:

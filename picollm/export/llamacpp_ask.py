@@ -9,6 +9,7 @@ instructions, AMX, that end the process in quantised products), and because its 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from picollm.errors import HostError, PicollmError
 from picollm.export.llamacpp import Runtime
 from picollm.export.strings import STRINGS
 
+# Each thread of the server that answers in full would keep a heap of glibc's own, of some 20 MB for its JSON.
+_ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
 _QUESTION, _ANSWER, _LOG_PROBS = "question.json", "answer.json", "log_probs.npy"
 
 
@@ -87,8 +90,9 @@ def ask(question: Question) -> Answer | Trouble:
         folder = Path(name)
         (folder / _QUESTION).write_text(json.dumps(asdict(question)))
         done = subprocess.run(
-            [sys.executable, "-m", __name__, name], stderr=subprocess.PIPE, text=True, errors="replace", check=False
-        )
+            [sys.executable, "-m", __name__, name], env=os.environ | _ONE_HEAP, stderr=subprocess.PIPE, text=True,
+            errors="replace", check=False,
+        )  # fmt: skip
         if done.returncode == 0:
             answer = json.loads((folder / _ANSWER).read_text())
             return Answer(**answer, log_probs=np.load(folder / _LOG_PROBS, allow_pickle=False))

@@ -11,10 +11,11 @@ from picollm.data.conversations import Message, Part
 from picollm.export import parity
 from picollm.export.folding import Checkpoint
 from picollm.export.gguf_types import Quant
+from picollm.export.heap import trim
 from picollm.export.held_out import held_out_rows
 from picollm.export.llamacpp import INSTALL, version
 from picollm.export.llamacpp_ask import Answer, Question, Trouble, ask
-from picollm.export.logits import native_logits
+from picollm.export.logits import Native
 from picollm.export.parity import Check, not_run
 from picollm.export.strings import STRINGS
 from picollm.hardware import detect
@@ -27,6 +28,9 @@ POSITIONS = 256
 # compared in full, the others by their most likely token.
 FULL_ENTRIES = 1 << 19
 REPLY_TOKENS = 48
+# llama.cpp's threads wait for each other by spinning, several times a layer: one that shares its core with another
+# program holds all of them up (ten times slower on two busy cores), and the server itself needs a core now and then.
+SHARE_OF_THREADS = 2
 # float32 sums in another order may swap two tokens that are as likely.
 TIE = 2 * parity.MAX_LOGIT_ERROR
 # The rounding of float32 grows with the logits: larger ones than this may be off by as much more.
@@ -60,6 +64,7 @@ def checks(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, quant: Quan
     if found is None:
         return _not_run(f"llama.cpp is not installed; {INSTALL} and export again with `--force`")
     question, source = _question(path, checkpoint, tokenizer)
+    trim()
     answer = ask(question)
     if isinstance(answer, Trouble):
         if answer.killed and not quant.is_float and _has_amx():
@@ -68,13 +73,14 @@ def checks(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer, quant: Quan
             return _not_run(answer.text)
         return [Check("llama.cpp loads it", answer.text, "yes", False, f"xllamacpp {found}")]
     # One row more of our model for each reply: greedy is its most likely token each time.
-    native = native_logits(checkpoint, [*question.rows, *_padded(answer)])
+    native = Native(checkpoint, [*question.rows, *_padded(answer)])
+    trim()
     return [
         Check("llama.cpp loads it", "yes", "yes", True, f"xllamacpp {found}"),
         _tokens(answer, tokenizer),
         *_probabilities(answer, native, quant, source),
         *_prompts(answer, question),
-        *_replies(answer, native[len(question.rows) :], checkpoint, tokenizer, quant),
+        *_replies(answer, native, len(question.rows), checkpoint, tokenizer, quant),
     ]
 
 
@@ -100,7 +106,7 @@ def _question(path: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple
     question = Question(
         path=str(path),
         context=context,
-        threads=torch.get_num_threads(),
+        threads=max(1, torch.get_num_threads() // SHARE_OF_THREADS),
         vocab_size=arch.vocab_size,
         rows=rows,
         step=-(-POSITIONS * arch.vocab_size // FULL_ENTRIES),
@@ -128,20 +134,21 @@ def _tokens(answer: Answer, tokenizer: Tokenizer) -> Check:
     return Check("token ids", f"{len(different)} differ", "0 differ", not different, shown)
 
 
-def _probabilities(answer: Answer, native: list[torch.Tensor], quant: Quant, source: str) -> list[Check]:
+def _probabilities(answer: Answer, native: Native, quant: Quant, source: str) -> list[Check]:
     exact = quant.name == "F32"
-    bound = parity.MAX_LOGIT_ERROR * max(1.0, max(float(row.abs().max()) for row in native) / USUAL_LOGIT)
+    best = [(row, at, int(found.argmax())) for (row, at), found in zip(answer.full, answer.log_probs, strict=True)]
+    chosen = [*best, *answer.best]
+    leads, largest_logit = native.leads(chosen)
+    bound = parity.MAX_LOGIT_ERROR * max(1.0, largest_logit / USUAL_LOGIT)
     largest = kl = 0.0
-    for (row, position), found in zip(answer.full, answer.log_probs, strict=True):
-        ours = native[row][position].double().log_softmax(-1)
+    for logits, found in zip(native.logits(answer.full), answer.log_probs, strict=True):
+        ours = logits.double().log_softmax(-1)
         # What is too unlikely for the server's float32 is compared no closer than that.
         theirs = torch.from_numpy(found).clamp(min=LEAST_LOG_PROB)
         error = (ours.clamp(min=LEAST_LOG_PROB) - theirs).abs().max()
         largest = max(largest, float("inf") if error.isnan() else float(error))
         kl += float((ours.exp() * (ours - theirs.log_softmax(-1))).sum()) / len(answer.full)
-    best = [(row, at, int(found.argmax())) for (row, at), found in zip(answer.full, answer.log_probs, strict=True)]
-    chosen = [*best, *answer.best]
-    agreed = sum(_is_best(native[row][position], token, TIE if exact else 0.0) for row, position, token in chosen)
+    agreed = int((leads <= (TIE if exact else 0.0)).sum())
     where = f"{len(answer.full)} positions, {source}"
     return [
         _bounded("log-probabilities, largest difference", largest, bound if exact else None, where),
@@ -169,23 +176,29 @@ def _bounded(name: str, value: float, bound: float | None, note: str) -> Check:
     return Check(name, float(f"{value:.3g}"), "reported" if bound is None else f"<= {bound:g}", passed, note)
 
 
-def _is_best(native: torch.Tensor, token: int, tie: float) -> bool:
-    return bool(native[token] >= native.max() - tie)
-
-
 def _replies(
-    answer: Answer, native: list[torch.Tensor], checkpoint: Checkpoint, tokenizer: Tokenizer, quant: Quant
+    answer: Answer, native: Native, first: int, checkpoint: Checkpoint, tokenizer: Tokenizer, quant: Quant
 ) -> list[Check]:
-    """Greedy replies, and that they end where ours end."""
+    """Greedy replies, and that they end where ours end.
+
+    Args:
+        first: number of the first prompt with its reply among the rows of `native`.
+    """
     count = len(answer.replies)
     if not count:
         why = f"the context of {checkpoint.arch.max_position_embeddings} tokens has no room for a conversation"
         return [not_run(name, bound, why) for name, bound in _ROWS[-2:]]
     exact = quant.name == "F32"
-    same = 0
-    for (prompt, reply, _), logits in zip(answer.replies, native, strict=True):
-        before = logits[len(prompt) - 1 : len(prompt) + len(reply) - 1]
-        same += all(_is_best(row, token, TIE if exact else 0.0) for row, token in zip(before, reply, strict=True))
+    choices = [
+        (row, at, token)
+        for row, (prompt, reply, _) in enumerate(answer.replies, start=first)
+        for at, token in enumerate(reply, start=len(prompt) - 1)
+    ]
+    leads, _ = native.leads(choices)
+    same = sum(
+        bool((part <= (TIE if exact else 0.0)).all())
+        for part in leads.split([len(reply) for _, reply, _ in answer.replies])
+    )
     ends = {tokenizer.bos}
     if checkpoint.stage.name != "pretrain":
         ends.add(tokenizer.special[ASSISTANT_END])

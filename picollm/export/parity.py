@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -184,7 +185,7 @@ def finish(written: Path, target: Path, checks: Sequence[Check], about: dict[str
         "name": final.name,
         "ok": not failed,
         **about,
-        "checks": [{**asdict(check), "result": check.result} for check in checks],
+        "checks": [{**asdict(check), "value": _plain(check.value), "result": check.result} for check in checks],
     }
     with disk_errors(final):
         if written.is_dir():
@@ -205,6 +206,11 @@ def finish(written: Path, target: Path, checks: Sequence[Check], about: dict[str
             hint=f"it was left as `{final}`; tell us, with its `{REPORT}`",
         )
     return report
+
+
+def _plain(value: str | int | float | None) -> str | int | float | None:
+    """As JSON can say it, which has no name for infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _replace(written: Path, final: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from picollm import __version__
+from picollm.errors import ConfigError
 from picollm.files import sha256_json
 from picollm.run_dir import TRAINING_STAGES, StageDir
 
@@ -66,9 +68,17 @@ def provenance_of(
     """What the records of a stage and of those before it say.
 
     Raises:
+        ConfigError: the licence is no name of one.
         MissingArtifact: the stage has no config.
         IntegrityError: a config is torn or of another version.
     """
+    # It stands in the YAML of a model card, where a colon or a line break would be more than a name.
+    if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+() -]*", license):
+        raise ConfigError(
+            f"{license!r:.60} names no licence",
+            cause="names are of letters, digits, dots, plus signs, hyphens, brackets and spaces",
+            hint="give its SPDX name, as `--license apache-2.0`, or leave it out",
+        )
     recipe = stage.read_config()["recipe"]
     datasets: dict[str, str] = {}
     tokens = 0

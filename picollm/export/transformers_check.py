@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from picollm.data.conversations import Message, Part
+from picollm.errors import first_line
 from picollm.export import parity, shards, strings, transformers_files
 from picollm.export.folding import Checkpoint
 from picollm.export.logits import native_logits
@@ -29,6 +31,7 @@ from picollm.train.checkpoint_tensors import open_tensors
 
 LEAST_VERSION = 5  # the checks were written against its interface
 INSTALL = 'install it with `python -m pip install "transformers>=5"` and export again with `--force`'
+REINSTALL = INSTALL.replace("install it", "install it again").replace("pip install", "pip install --force-reinstall")
 # Bounds by type: logits, KL in nats per token, argmax agreement. The reduced types compute in themselves too, as they
 # do for whoever loads the folder.
 BOUNDS: dict[str, dict[str, float]] = {
@@ -62,22 +65,56 @@ def checks(
     rows = [tensor_check(folder, tensors, dtype)]
     if host == REMOTE:
         rows.append(_code_check(folder))
-    if reason := missing_library():
+    if reason := missing_library(host):
         names = ["names of weights", "token ids", "logits, largest difference", "argmax agreement", "greedy reply"]
-        return rows + [parity.not_run(name, "", f"{reason}; {INSTALL}") for name in names]
+        return rows + [parity.not_run(name, "", reason) for name in names]
     on_progress("transformers", 0, 1)
     with _quiet():
         return rows + run_checks(folder, checkpoint, tokenizer, host, dtype, is_chat=is_chat)
 
 
-def missing_library() -> str | None:
-    """Why the real library cannot be asked; None when it can."""
+def missing_library(host: str) -> str | None:
+    """Why the real library cannot be asked about an export of this architecture, and the cure; None when it can."""
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
-    from importlib.metadata import version
+        return f"transformers is not installed; {INSTALL}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _unusable(host)
+    except Exception as error:  # an installation can be broken in any way, of this package or of what it imports
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return f"the installed transformers cannot be imported ({what}); {REINSTALL}"
 
-    found = version("transformers")
-    return None if int(found.split(".")[0]) >= LEAST_VERSION else f"transformers {found} is too old for the check"
+
+def _unusable(host: str) -> str | None:
+    """Import all that the check needs: names come when they are asked for, and some say only then what they lack."""
+    import transformers
+
+    found = transformers.__version__
+    if int(found.split(".")[0]) < LEAST_VERSION:
+        return f"transformers {found} is too old for the check; {INSTALL}"
+    importlib.import_module("transformers.utils.logging")
+    classes = [transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast, _loader(host)]
+    if host != REMOTE:
+        classes.append(getattr(transformers, transformers_files.CLASSES[host]))
+    for each in classes:
+        getattr(each, "from_pretrained")  # noqa: B009  asked for because a stand-in refuses then
+    return None
+
+
+def _loader(host: str) -> Any:
+    """The class that loads an export.
+
+    The model's own code is the same files that are in the folder; loading those would leave copies in the user's cache
+    of foreign code.
+    """
+    if host == REMOTE:
+        from picollm.export.remote_code.modeling_picollm import PicollmForCausalLM
+
+        return PicollmForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
 
 
 # -- what was written -------------------------------------------------------------------------------------------------
@@ -175,16 +212,8 @@ def _rendered(theirs: Any, messages: list[Message]) -> list[int]:
 
 def _load(folder: Path, host: str) -> tuple[Any, Check]:
     """The model as a user loads it, in the type of the folder."""
-    from transformers import AutoModelForCausalLM
-
-    if host == REMOTE:
-        # The same files that are in the folder; loading those would leave copies in the user's cache of foreign code.
-        from picollm.export.remote_code.modeling_picollm import PicollmForCausalLM
-
-        loader: Any = PicollmForCausalLM
-    else:
-        loader = AutoModelForCausalLM
-    model, told = loader.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
+    options: dict[str, Any] = {"local_files_only": True, "dtype": "auto", "output_loading_info": True}
+    model, told = _loader(host).from_pretrained(folder, **options)
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, told[kind]))[:3]}" for kind in kinds if told.get(kind)]
     name = type(model).__name__

@@ -97,6 +97,9 @@ def gguf(
             on_progress=phases.update,
             on_checks=lambda checks: _table(out, phases, checks),
         )
+    if not quant_.direct:
+        types = ", ".join(f"{count} {name}" for name, count in report["types"].items())
+        out.note(f"`llama-quantize` chooses a type for each matrix, by its rows too: {types}")
     if kept := report["kept_float"]:
         shown = ", ".join(kept[:4]) + (" …" if len(kept) > 4 else "")
         out.warn(f"the rows of {len(kept)} matrices fit no block of {report['quant']}, so they stay F16: {shown}")
@@ -104,7 +107,7 @@ def gguf(
     out.note(f"{size(report['bytes'])}; runs in {report['runtime']}")
     if host == "apertus":
         out.note("for an older one: `--arch qwen3`, with half as many weights again in the MLP")
-    run_ = f"--run {found.name}"
+    run_ = f"--run {found.name}" if stage is None else f"--run {found.name} --stage {chosen.name}"
     out.hint(
         f"talk to it with `picollm chat {run_} --engine {'llamacpp' if file is None else shlex.quote(str(target))}`; "
         f"for Ollama: `ollama create {found.name} -f {shlex.quote(str(modelfile_path(target)))}`"
@@ -251,7 +254,7 @@ def _file(name: str | None) -> Path | None:
     """What `--out` names.
 
     Raises:
-        ConfigError: a folder.
+        ConfigError: a folder, or a name that is not one of a GGUF file.
     """
     if name is None:
         return None
@@ -263,6 +266,12 @@ def _file(name: str | None) -> Path | None:
             f"`{path}` is a folder",
             cause="`--out` names the file to write",
             hint=f"add a name: `--out {path}/model.gguf`",
+        )
+    if path.suffix != ".gguf":
+        raise ConfigError(
+            f"`{path.name}` is not the name of a GGUF file",
+            cause="programs know one by the end of its name, and a `Modelfile` is written beside it",
+            hint=f"call it `--out {name}.gguf`",
         )
     return path
 

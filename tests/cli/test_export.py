@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from picollm.export import llamacpp, llamacpp_checks
+from picollm_cli import file_chat
 
 from .conftest import Command
 
@@ -84,12 +85,16 @@ def test_what_cannot_be(tiny_run: Path, refused: Command, no_runtime: None, tmp_
     assert "Q8_0" in refused(2, "export", "gguf", "--quant", "Q8").err
     assert "--arch qwen3" in refused(2, "export", "gguf", "--arch", "qwen").err
     assert "model.gguf" in refused(2, "export", "gguf", "--out", str(tmp_path)).err
+    for name in ("model.Modelfile", "model"):
+        assert f"{name}.gguf" in refused(2, "export", "gguf", "--out", str(tmp_path / name)).err
+    assert "names no licence" in refused(2, "export", "transformers", "--license", "mit: x").err
     assert "rl" in refused(4, "export", "gguf", "--stage", "rl").err
     refused(2, "export", "gguf", "--stage", "sftt")
     refused(4, "export", "gguf", "--run", "other")
     refused(4, "export", "list", "--run", "other")
     refused(2, "export", "transformers", "--dtype", "int8")
-    assert "llama-quantize" in refused(3, "export", "gguf", "--quant", "Q4_K_M").err
+    assert "multiples of 256" in refused(2, "export", "gguf", "--quant", "Q4_K_M").err
+    assert "llama-quantize" in refused(3, "export", "gguf", "--quant", "IQ4_NL").err
 
 
 def test_a_file_that_is_there(tiny_run: Path, command: Command, refused: Command, no_runtime: None) -> None:
@@ -119,7 +124,8 @@ def test_chat_with_a_file(tiny_run: Path, command: Command, monkeypatch: pytest.
     with monkeypatch.context() as without:
         without.setattr(llamacpp_checks, "version", lambda: None)
         for stage in ("sft", "pretrain"):
-            assert command("export", "gguf", "--stage", stage, "--quant", "F32").code == 0
+            ended = command("export", "gguf", "--stage", stage, "--quant", "F32")
+            assert ended.code == 0 and f"--stage {stage} --engine llamacpp" in ended.err
     ended = command("chat", "--engine", "llamacpp", "-p", "Hi", "--json")
     said = json.loads(ended.out)
     assert ended.code == 0 and (said["engine"], said["run"], said["stage"], said["step"]) == (
@@ -134,5 +140,15 @@ def test_chat_with_a_file(tiny_run: Path, command: Command, monkeypatch: pytest.
     assert json.loads(base.out)["stage"] == "pretrain" and "base model" in base.err
     refused = command("chat", "--engine", "llamacpp", "--stage", "pretrain", "--system", "Be brief.", "-p", "Hi")
     assert refused.code == 2 and "chat template" in refused.err
+    assert "are used here" not in ended.err
+    with monkeypatch.context() as narrow:
+        narrow.setattr(file_chat, "MOST_CONTEXT", 40)
+        for stage in ("sft", "pretrain"):
+            capped = command("chat", "--engine", "llamacpp", "--stage", stage, "-p", "Hi", "--json")
+            reply = json.loads(capped.out)
+            assert "a context of 96 tokens; 40 are used here" in capped.err
+            assert reply["prompt_tokens"] + reply["tokens"] <= 40
+        short = command("chat", "--engine", "llamacpp", "-p", "word " * 12)
+        assert short.code == 2 and "the context has 40" in short.err
     long = command("chat", "--engine", "llamacpp", "-p", "word " * 200)
     assert long.code == 2 and "96" in long.err

@@ -48,9 +48,20 @@ def test_pairs_of_digits_block_gguf_only(small: Callable[..., Architecture]) -> 
     assert all(export.possible for digits in (1, 3) for export in exports(small(), digits=digits).values())
 
 
+def test_single_bytes_block_gguf_only(small: Callable[..., Architecture]) -> None:
+    """llama.cpp refuses a file without merges."""
+    found = exports(small(vocab_size=265))
+    assert [found[target].possible for target in TARGETS] == [False, True, True]
+    assert "merges nothing" in found[GGUF].reason and "model.arch" not in found[GGUF].reason
+    assert exports(small(vocab_size=266))[GGUF].possible
+
+
 @pytest.mark.parametrize(
-    ("hidden", "inside", "word"), [(256, 1024, "every feature"), (64, 256, "K-quants"), (72, 200, "F16")]
-)
+    ("hidden", "inside", "word"),
+    [
+        (256, 1024, "every feature"), (64, 256, "get another type"), (64, 128, "all but K-quants"), (72, 200, "F16"),
+    ],
+)  # fmt: skip
 def test_the_reason_names_types_that_rows_are_too_odd_for(
     small: Callable[..., Architecture], hidden: int, inside: int, word: str
 ) -> None:

@@ -20,6 +20,7 @@ from picollm.errors import ConfigError, HostError, IntegrityError, MissingArtifa
 from picollm.export import folding, gguf, gguf_export, gguf_file, gguf_table, listing, llamacpp_checks, parity
 from picollm.export.gguf_export import GGUFRequest, default_path, export_gguf, modelfile_path
 from picollm.export.gguf_types import DIRECT, HOSTS, QUANTS, find_host, find_quant
+from picollm.export.llamacpp_file import describe
 from picollm.export.parity import report_path
 from picollm.export.provenance import provenance_of
 from picollm.model.gpt import GPT
@@ -142,18 +143,19 @@ def test_another_tensor_or_key_is_noticed(stage: StageDir) -> None:
         stage, step=10, num_params=1, checkpoint_sha256="", tokenizer_sha256="", license=None
     )  # fmt: skip
     metadata, listed = gguf.table(checkpoint, tokenizer, "apertus", quant, provenance)
-    wrong = gguf_file.wrong_keys(asked.out, "apertus", quant, metadata)
+    stored = gguf_file.read(asked.out)
+    wrong = gguf_file.wrong_keys(stored.keys, "apertus", quant, metadata)
     assert [line.split("`")[1] for line in wrong] == [
         "general.size_label",
         "picollm.checkpoint_sha256",
         "picollm.tokenizer_sha256",
     ]
     scaled = ((name, tensor * 1.05) for name, tensor in gguf.tensors(checkpoint, "apertus", quant))
-    error, differing = gguf_file.tensor_errors(asked.out, quant, listed, scaled)
+    error, differing = gguf_file.tensor_errors(asked.out, stored.tensors, quant, listed, scaled)
     assert not differing and error > quant.max_error
     less = [entry for entry in listed if "attn_v" not in entry.name]
     wanted = [(name, t) for name, t in gguf.tensors(checkpoint, "apertus", quant) if "attn_v" not in name]
-    _, differing = gguf_file.tensor_errors(asked.out, quant, less, wanted)
+    _, differing = gguf_file.tensor_errors(asked.out, stored.tensors, quant, less, wanted)
     assert len(differing) == 2 and "not in the table" in differing[0]
 
 
@@ -188,6 +190,37 @@ def test_features_that_do_not_fold(make_stage: Made, small: Small) -> None:
     for key in ("model.window_pattern", "model.logit_softcap", "model.smear"):
         assert key in str(refused.value.cause)
     assert left(stage) == []
+
+
+def test_a_tokenizer_that_gguf_does_not_know(stage: StageDir) -> None:
+    """The cure is another tokenizer, not another architecture."""
+    with pytest.raises(ConfigError) as refused:
+        gguf_export.refuse_blocked(folding.open_checkpoint(stage), digits=2)
+    assert "tokens of 2 digits" in str(refused.value.cause)
+    assert "tokenizer.digits=1" in str(refused.value.hint) and "model.arch" not in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("value", "quant", "why"), [(float("nan"), "Q8_0", "no number"), (-float("inf"), "F32", "no number"),
+    (1e5, "F16", "beyond the range")],
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_weights_that_no_file_can_hold(make_stage: Made, small: Small, value: float, quant: str, why: str) -> None:
+    model = randomise(GPT(small()))
+    model.layers[1].mlp.up_proj.weight[3, 5] = value
+    stage = make_stage(model)
+    with pytest.raises(ConfigError, match=r"blk.1.ffn_up") as refused:
+        export_gguf(request(stage, quant))
+    assert why in str(refused.value.cause) and left(stage) == []
+
+
+@pytest.mark.parametrize("name", ["", "mit\ntags: [x]", "mit: x", "- mit"])
+def test_a_licence_is_a_name(stage: StageDir, name: str) -> None:
+    """It would stand in the YAML of a model card."""
+    with pytest.raises(ConfigError, match="names no licence"):
+        export_gguf(request(stage, license=name))
+    assert left(stage) == []
+    export_gguf(request(stage, license="Apache-2.0 OR MIT"))
 
 
 def test_a_stage_without_checkpoint_and_a_damaged_one(stage: StageDir) -> None:
@@ -258,6 +291,23 @@ def test_what_a_killed_export_left_is_swept(stage: StageDir) -> None:
     assert not gone.exists() and alive.exists()
 
 
+def test_files_that_describe_no_model(stage: StageDir) -> None:
+    """Foreign ones: text that is no UTF-8, and a context without room for a token."""
+    asked = request(stage)
+    export_gguf(asked)
+    good = asked.out.read_bytes()
+    assert describe(asked.out).context == 512
+    context = b"apertus.context_length" + (4).to_bytes(4, "little") + (512).to_bytes(4, "little")
+    assert good.count(b"test-sft") and good.count(context) == 1
+    for bad, why in (
+        (good.replace(b"test-sft", b"\xff" * 8), "cannot be read as GGUF"),
+        (good.replace(context, context[:-4] + bytes(4)), "is not a language model"),
+    ):
+        asked.out.write_bytes(bad)
+        with pytest.raises(IntegrityError, match=why):
+            describe(asked.out)
+
+
 # -- llama-quantize ---------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +317,22 @@ def test_k_quants_need_a_program(stage: StageDir, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(HostError) as refused:
         export_gguf(request(stage, "Q4_K_M"))
     assert "PATH" in str(refused.value.hint) and left(stage) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "instead"), [({}, "64, 128", "Q4_1"), ({"hidden_size": 72, "head_dim": 18}, "72, 128", "Q4_1"),
+    ({"hidden_size": 40, "head_dim": 10, "intermediate_size": 90}, "40, 90", "F16")],
+)  # fmt: skip
+def test_a_model_too_narrow_for_k_quants_hears_that_first(
+    make_stage: Made, small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, int],
+    rows: str, instead: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PATH", str(tmp_path))
+    stage = make_stage(randomise(GPT(small(**{"intermediate_size": 128, **changes}))))
+    with pytest.raises(ConfigError) as refused:
+        export_gguf(request(stage, "Q4_K_M"))
+    assert "multiples of 256" in str(refused.value.cause) and f" {rows} weights" in str(refused.value.cause)
+    assert refused.value.hint == f"choose `--quant {instead}`" and left(stage) == []
 
 
 def test_what_the_program_makes_is_checked_and_what_it_says_is_told(

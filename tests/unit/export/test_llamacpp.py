@@ -132,7 +132,10 @@ def test_a_runtime_that_dies_is_told_apart(
 
 
 @needs_runtime
-@pytest.mark.parametrize("content", ["raise ImportError('no libgomp')", "class CommonParams: __slots__ = ('old',)"])
+@pytest.mark.parametrize(
+    "content",
+    ["raise ImportError('no libgomp')", "raise RuntimeError('no AVX2')", "class CommonParams: __slots__ = ('old',)"],
+)
 def test_a_runtime_that_does_not_work_here_is_not_the_fault_of_the_file(
     make_stage: Made, trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
 ) -> None:
@@ -141,6 +144,15 @@ def test_a_runtime_that_does_not_work_here_is_not_the_fault_of_the_file(
     _, report = exported(make_stage(trained("portable")))
     notes = [row["note"] for row in report["checks"] if row["passed"] is None]
     assert report["ok"] and len(notes) == 8 and all("cannot be used here" in note for note in notes)
+
+
+def test_a_runtime_without_records_of_its_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "llama_of_mine.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(llamacpp, "PACKAGE", "llama_of_mine")
+    assert llamacpp.version() == "of unknown version"
+    monkeypatch.setattr(llamacpp, "PACKAGE", "llama_of_nobody")
+    assert llamacpp.version() is None
 
 
 def test_without_a_runtime_the_rows_say_how_to_get_one(

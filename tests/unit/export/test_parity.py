@@ -41,10 +41,35 @@ def test_native_logits_are_those_of_the_whole_model(
         torch.testing.assert_close(logits, model(torch.tensor([row]))[0], rtol=0, atol=1e-5)
 
 
+def test_how_well_tokens_were_chosen(
+    small: Callable[..., Architecture], make_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the logits of the whole model, with a head that is read in several parts."""
+    from picollm.export import logits
+
+    monkeypatch.setattr(logits, "_HEAD_ROWS_AT_ONCE", 100)
+    model = randomise(GPT(small("full")))
+    rows = [[5, 6, 7, 8], [9, 2]]
+    whole = [model(torch.tensor([row]))[0] for row in rows]
+    native = logits.Native(open_checkpoint(make_stage(model)), rows)
+    places = [(0, 3), (1, 0), (0, 1)]
+    wanted = torch.stack([whole[row][at] for row, at in places])
+    torch.testing.assert_close(native.logits(places), wanted, rtol=0, atol=1e-5)
+    best = wanted.argmax(-1).tolist()
+    leads, largest = native.leads([(*place, token) for place, token in zip(places, best, strict=True)])
+    assert leads.tolist() == [0, 0, 0] and largest == pytest.approx(float(wanted.abs().max()), abs=1e-5)
+    leads, _ = native.leads([(*place, token) for place, token in zip(places, (0, 250, 399), strict=True)])
+    expected = wanted.amax(-1) - wanted[[0, 1, 2], [0, 250, 399]]
+    assert (expected > 0).all()
+    torch.testing.assert_close(leads, expected, rtol=0, atol=1e-5)
+
+
 def test_native_logits_keep_one_layer_in_memory(small: Callable[..., Architecture], make_stage: MakeStage) -> None:
     from picollm.export import logits
 
-    model = logits._streamed(open_checkpoint(make_stage(randomise(GPT(small(num_hidden_layers=6))))))
+    checkpoint = open_checkpoint(make_stage(randomise(GPT(small(num_hidden_layers=6)))))
+    model = logits._streamed(checkpoint, torch.tensor([3, 8]))
+    assert model.embed_tokens.shape == (2, 64) and model.lm_head.is_meta
     held: list[int] = []
 
     def count(*_: object) -> None:
@@ -52,7 +77,7 @@ def test_native_logits_keep_one_layer_in_memory(small: Callable[..., Architectur
 
     for block in model.layers:
         block.mlp.register_forward_pre_hook(count)
-    model(torch.zeros(1, 4, dtype=torch.int64))
+    model.hidden(torch.zeros(1, 4, dtype=torch.int64))
     assert held == [model.layers[0].mlp.up_proj.weight.numel() * 2] * 6
     assert all(p.is_meta for block in model.layers for p in block.parameters())
 
@@ -139,6 +164,18 @@ def test_an_export_that_fails_keeps_away_from_the_name(tmp_path: Path, folder: b
         assert content(left) == text and not json.loads(report_path(left).read_text())["ok"]
     assert content(target) == "good" and json.loads(report_path(target).read_text())["ok"]
     assert not (tmp_path / ".t").exists()
+
+
+def test_a_report_of_infinities_is_json(tmp_path: Path) -> None:
+    checks = [Check("a", float("inf"), "<= 1", False), Check("b", float("nan"), "<= 1", False)]
+    with pytest.raises(IntegrityError):
+        finish(write(tmp_path / ".t", folder=False), tmp_path / "model", checks, {})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    found = json.loads(report_path(tmp_path / "model.failed").read_text(), parse_constant=refuse)
+    assert [check["value"] for check in found["checks"]] == ["inf", "nan"]
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])

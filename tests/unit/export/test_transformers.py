@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -199,6 +200,52 @@ def test_without_the_library_the_rows_say_how_to_get_it(
     assert len(skipped) == 5 and report["ok"] and folder.is_dir()
     assert all("pip install" in check["note"] for check in skipped)
     assert [check["name"] for check in report["checks"] if check["result"] == "ok"] == ["tensors"]
+
+
+LAZY = """
+__version__ = "5.1.0"
+class AutoTokenizer: from_pretrained = None
+PreTrainedTokenizerFast = AutoTokenizer
+def __getattr__(name): raise AttributeError(f"module transformers has no attribute {name}")
+"""
+DUMMY = """
+__version__ = "5.1.0"
+class Dummy(type):
+    def __getattr__(cls, name): raise ImportError(f"{cls.__name__} requires the PyTorch library")
+class AutoTokenizer(metaclass=Dummy): pass
+PreTrainedTokenizerFast = AutoModelForCausalLM = Qwen3ForCausalLM = AutoTokenizer
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "host", "why"),
+    [
+        ("raise RuntimeError('built for another numpy\\nand more')", "qwen3", "RuntimeError: built for another numpy)"),
+        ("raise ImportError('libgomp.so.1: cannot open')", "picollm", "ImportError: libgomp.so.1: cannot open"),
+        (LAZY, "apertus", "cannot import name 'AutoModelForCausalLM'"),
+        (LAZY, "picollm", "PreTrainedModel"),
+        (DUMMY, "qwen3", "AutoTokenizer requires the PyTorch library"),
+        ("__version__ = '4.57.1'", "qwen3", "transformers 4.57.1 is too old"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_not_run(
+    make_stage: MakeStage, trained: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    content: str, host: str, why: str,
+) -> None:  # fmt: skip
+    package = tmp_path / "transformers"
+    (package / "utils").mkdir(parents=True)
+    (package / "__init__.py").write_text(content)
+    for name in ("__init__", "logging"):
+        (package / "utils" / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with mock.patch.dict(sys.modules):
+        for name in [*sys.modules]:
+            if name.split(".")[0] == "transformers" or name.startswith("picollm.export.remote_code."):
+                del sys.modules[name]
+        folder, report = export(make_stage(trained()), host=host)
+    skipped = [check for check in report["checks"] if check["result"] == "not run"]
+    assert len(skipped) == 5 and report["ok"] and folder.is_dir()
+    assert all(why in check["note"] and "pip install" in check["note"] for check in skipped), skipped[0]["note"]
 
 
 def test_an_export_that_disagrees_is_left_as_failed(
