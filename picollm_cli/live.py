@@ -26,6 +26,11 @@ def _one_line(text: object, longest: int = 100) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+def _kind(phase: str) -> str:
+    """A phase without how far it is: `evaluating` of `evaluating, 40% done…`."""
+    return phase.partition(",")[0].rstrip("…")
+
+
 class Progress:
     """What is known about a running stage, from its events.
 
@@ -73,8 +78,9 @@ class Progress:
                 self._pace = [*self._pace, dt_s / max(1, self.step - before)][-PACE_STEPS:]
 
     def _enter(self, phase: str) -> None:
-        if phase != self.phase:
-            self.phase, self._phase_since = phase, time.monotonic()
+        if _kind(phase) != _kind(self.phase):
+            self._phase_since = time.monotonic()
+        self.phase = phase
 
     @property
     def loss(self) -> float | None:

@@ -35,9 +35,13 @@ def test_a_line_has_every_figure_that_is_known(monkeypatch: pytest.MonkeyPatch) 
     progress.update({"kind": "phase", "text": "compiling…"})
     now += 21
     assert progress.doing() == "compiling… 21 s"
+    for share in ("evaluating…", "evaluating, 40% done…"):
+        progress.update({"kind": "phase", "text": share})
+        now += 3
+    assert progress.doing() == "evaluating, 40% done… 6 s"  # of the whole, not since the last share
     step = {"kind": "step", "step": 1, "loss": 3.5, "tokens_per_s": 557_000.0, "mfu": 0.5213, "mem_gib": 62.3}
     progress.update(step | {"grad_norm": 0.4, "dt_s": 2.0})
-    now += 3575
+    now += 3569
     assert progress.line("pretrain") == (
         "pretrain 1/5,568  loss 3.500  557,000 tok/s  MFU 52.1 %  62.3 GiB  3 h 05 min left  about 24.00 USD so far"
     )
