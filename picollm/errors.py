@@ -126,6 +126,11 @@ def did_you_mean(name: str, known: list[str], option: str = "", *, otherwise: st
     return f"did you mean `{option}{close}`?" if close else otherwise
 
 
+def printable(text: str) -> str:
+    """The text with escapes for bytes of a file's name that are no text, which UTF-8 cannot hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def first_line(error: BaseException) -> str:
     """The first line with text of a library's message, without its full stop; its type where it says nothing."""
     lines = (line.strip() for line in str(error).splitlines())

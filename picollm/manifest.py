@@ -67,8 +67,9 @@ def list_files(run: RunDir) -> list[str]:
 
 
 def _leads_back(folder: str, name: str) -> bool:
-    """Whether a subfolder is a link to the folder itself or one above it, which would never end."""
-    return Path(folder).resolve().is_relative_to(Path(folder, name).resolve())
+    """Whether a subfolder is a link to a folder that the way to it led through, which would never end."""
+    link, way = Path(folder, name), (Path(folder), *Path(folder).parents)
+    return link.is_symlink() and any(each.resolve().is_relative_to(link.resolve()) for each in way)
 
 
 def stage_of(path: str) -> str:

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from picollm.errors import (
     ConfigError,
@@ -30,9 +30,6 @@ from picollm.errors import (
 from picollm.events import EventWriter, attempts
 from picollm.locks import hold_lock
 from picollm.run_dir import StageDir
-
-if TYPE_CHECKING:
-    import psutil
 
 LOOK_EVERY_S = 1.0
 # A rank without a parent whose peers do not answer cannot agree with them to stop; the next command waits 60 s for it.
@@ -108,14 +105,19 @@ class Worker:
             self.event("stage_start", attempt=attempt, resumed_from=resumed_from, total_steps=total_steps)
 
 
-def start_of(process: psutil.Process) -> float:
+def start_of(pid: int) -> float:
     """When a process began, in seconds that stay the same when somebody sets the clock.
 
-    On Linux the system counts from boot, and psutil adds the time of boot as the clock of now has it.
+    On Linux the system counts from boot, and psutil adds the time of boot: as the clock of now has it, or in older
+    versions as it was when `boot_time` was called last. So that is called first.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
     """
     import psutil
 
-    return process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)
+    boot = psutil.boot_time() if psutil.LINUX else 0.0
+    return psutil.Process(pid).create_time() - boot
 
 
 def launcher_lives(stage: StageDir) -> bool:
@@ -126,7 +128,7 @@ def launcher_lives(stage: StageDir) -> bool:
         pid, started, *host = stage.launcher_path.read_text().split()
         if host and host != [socket.gethostname()]:
             return True  # on another machine, where torchrun put rank 0's node second; our own parent tells enough
-        return abs(start_of(psutil.Process(int(pid))) - float(started)) < 1.0
+        return abs(start_of(int(pid)) - float(started)) < 1.0
     except FileNotFoundError:
         return True
     except ValueError:
@@ -280,7 +282,7 @@ def as_known(error: BaseException) -> PicollmError:
             cause=first_line(error),
             hint="lower `--set train.device_batch_size=…`; the batch in tokens stays the same",
         )
-    if type(error).__name__ == "DistBackendError" or "closed by peer" in str(error):
+    if type(error).__name__ == "DistBackendError" or "by peer" in str(error):  # closed, or reset
         reason = str(error).partition("Last error:")[2].strip().partition("\n")[0]  # NCCL's, behind torch's own lines
         if reason and "peer" not in reason and "remote" not in reason:
             return PicollmError(f"NCCL failed: {reason}", cause=first_line(error))

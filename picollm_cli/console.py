@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import TextIOWrapper
+from io import RawIOBase, TextIOWrapper
 from typing import Any
 
 from rich.console import Console
@@ -45,6 +45,10 @@ def ready_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, TextIOWrapper):
+            # Under PYTHONUNBUFFERED a text of which a full disk took a part would pass for written.
+            if isinstance(stream.buffer, RawIOBase):
+                stream = open(stream.fileno(), "w", buffering=1, encoding=stream.encoding, closefd=False)
+                setattr(sys, name, stream)
             stream.reconfigure(errors="backslashreplace")
 
 

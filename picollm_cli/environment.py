@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from picollm.errors import printable
 from picollm.files import SCHEMA, sha256_file, sha256_json
 from picollm.run_dir import RunDir
 
@@ -37,7 +38,7 @@ def record_command(run: RunDir, stage: str) -> None:
 
 
 def _command() -> list[str]:
-    return ["picollm", *redact(sys.argv[1:])]
+    return ["picollm", *map(printable, redact(sys.argv[1:]))]
 
 
 @functools.cache

@@ -256,12 +256,10 @@ class Attempt:
 
 def _write_launcher(stage: StageDir) -> None:
     """Say who waits for the worker: it stops by itself when this process is gone."""
-    import psutil
-
     from picollm.worker import start_of
 
     with disk_errors(stage.launcher_path):
-        stage.launcher_path.write_text(f"{os.getpid()} {start_of(psutil.Process())} {socket.gethostname()}\n")
+        stage.launcher_path.write_text(f"{os.getpid()} {start_of(os.getpid())} {socket.gethostname()}\n")
 
 
 def _wait_for_lock(out: Output, stage: StageDir) -> None:

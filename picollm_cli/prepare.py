@@ -134,8 +134,7 @@ def open_run(
     # Everything that can be refused is refused before the lock file makes the folder.
     check_launch(launch)
     prepared = resolve()
-    if prepared.new or config or sets or force:
-        _check_datasets(prepared, downloads)
+    _check_datasets(prepared, downloads, all_of_them=prepared.new or bool(force))
     check_host(out, prepared, launch, yes=yes)
     with using_run(prepared.run):
         prepared = resolve()
@@ -145,24 +144,35 @@ def open_run(
         yield prepared
 
 
-def _check_datasets(prepared: Prepared, downloads: bool) -> None:
+def _check_datasets(prepared: Prepared, downloads: bool, *, all_of_them: bool) -> None:
     """Look for the datasets before a run is made of them, or what they made before moves aside.
+
+    Args:
+        all_of_them: or only those that the run did not name before: fine-tuning reads no text, which may be gone.
 
     Raises:
         ConfigError, MissingArtifact, IntegrityError: for the first one that the run cannot be trained on.
     """
+    from picollm.config.resolve import resolve_existing
     from picollm.data.datasets import Dataset
     from picollm.data.registry import TOY_NAMES, TOY_WORLD_CHAT
 
-    config, used = prepared.config, prepared.run.dataset_hashes()
-    text_key = "data.mix" if config.data.mix else "data.dataset"
-    wanted = [(text_key, name, "text") for name, _ in config.data.sources]
-    wanted += [("sft.mix", part.dataset, "conversations") for part in config.sft.mix]
+    used, wanted = prepared.run.dataset_hashes(), _datasets_of(prepared.config)
+    if not all_of_them:
+        before = _datasets_of(resolve_existing(prepared.run.read_config()).config)
+        wanted = [dataset for dataset in wanted if dataset not in before]
     for key, name, kind in wanted:
         if name in TOY_NAMES:  # generated when they are needed
             check_kind(key, name, "conversations" if name == TOY_WORLD_CHAT else "text", kind)
         elif not (downloads and name in REGISTRY):  # fetched when they are needed
             check_kind(key, name, Dataset.open(name, keep=used).kind, kind)
+
+
+def _datasets_of(config: RunConfig) -> list[tuple[str, str, str]]:
+    """(key of the config, name, kind) of each dataset that a run is made of."""
+    text_key = "data.mix" if config.data.mix else "data.dataset"
+    wanted = [(text_key, name, "text") for name, _ in config.data.sources]
+    return wanted + [("sft.mix", part.dataset, "conversations") for part in config.sft.mix]
 
 
 def check_kind(key: str, name: str, found: str, needed: str) -> None:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from picollm.config.keys import NAMED_TABLES, flatten, nest, split_named
 from picollm.config.presets import PRESETS
 from picollm.config.schema import RUNTIME_KEYS, RunConfig
-from picollm.errors import ConfigError, IntegrityError, did_you_mean, nearest
+from picollm.errors import ConfigError, IntegrityError, did_you_mean, nearest, printable
 
 ENV_PREFIX = "PICOLLM_"
 # Variables of picollm that are not config keys.
@@ -144,7 +144,7 @@ def _call_layers(config_path: Path | None, sets: Sequence[str]) -> list[_Layer]:
                 cause="`--config` names a file that does not exist",
                 hint="give the path of a TOML file with sections such as `[train]`",
             )
-        layers.append(_toml_layer(config_path, f"config file {config_path}"))
+        layers.append(_toml_layer(config_path, printable(f"config file {config_path}")))
     for argument in sets:
         key, equals, text = argument.partition("=")
         if not equals or not key.strip():

@@ -193,7 +193,7 @@ class RowPacker:
             raise ConfigError(
                 "the checkpoint's place in the data cannot be gone on from",
                 cause="another version of picollm wrote it",
-                hint="finish the run with that version, or redo the stage with `picollm speedrun --force STAGE`",
+                hint="finish the run with that version, or redo the stage: `picollm speedrun --run NAME --force STAGE`",
             )
         self.row, self.tokens, self.cut_tokens = state["row"], state["tokens"], state["cut_tokens"]
         self._pieces = [Piece(*piece) for piece in state["pieces"]]

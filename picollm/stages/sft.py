@@ -104,7 +104,7 @@ def _say_left_out(worker: Worker, split: str, count: int, length: int, of: str =
 
 
 def validation_rows(conversations: list[Conversation], tokenizer: Tokenizer, length: int) -> list[Row]:
-    """Packed rows of as many conversations as there are, VALIDATION_ROWS at most: inputs and targets, (length,) each.
+    """Conversations, each once, packed into VALIDATION_ROWS rows at most: inputs and targets, (length,) each.
 
     There are none where no conversation holds a token to score.
     """
@@ -112,13 +112,15 @@ def validation_rows(conversations: list[Conversation], tokenizer: Tokenizer, len
         return []
     packer = RowPacker(
         Mixture([tokens_of(conversations, tokenizer, length)], [1.0], seed=0), length=length, bos=tokenizer.bos,
-        seed=0, buffer_size=min(64, len(conversations)), packing="whole",
+        seed=0, buffer_size=64, packing="whole",
     )  # fmt: skip
+    packer.DRAW = 1  # never more in all than there are: of a second epoch the long ones would crowd out short ones
     ids, mask = np.empty(length + 1, dtype=np.int32), np.empty(length + 1, dtype=bool)
     rows: list[Row] = []
     placed = 0
     with contextlib.suppress(ConfigError):  # nothing to learn from
         while len(rows) < VALIDATION_ROWS and placed < len(conversations):
+            packer.buffer_size = min(packer.buffer_size, len(conversations) - placed)
             plan = packer.plan_row()
             packer.gather(plan, ids, mask)
             packer.forget()

@@ -271,7 +271,7 @@ def _file(name: str | None) -> Path | None:
         raise ConfigError(
             f"`{path.name}` is not the name of a GGUF file",
             cause="programs know one by the end of its name, and a `Modelfile` is written beside it",
-            hint=f"call it `--out {name}.gguf`",
+            hint=f"call it `--out {shlex.quote(f'{name}.gguf')}`",
         )
     return path
 

@@ -182,6 +182,18 @@ def test_a_full_disk_behind_stdout_is_no_bug(arguments: tuple[str, ...]) -> None
     assert "error: cannot write the output\n  cause: No space left on device\n" in done.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("speedrun", "--help"), ("speedrun", "--preset", "demo", "--dry-run", "--json")])
+def test_a_disk_that_fills_in_the_middle_of_the_output(
+    arguments: tuple[str, ...], unbuffered: str, tmp_path: Path
+) -> None:
+    """With PYTHONUNBUFFERED Python's own stdout drops what did not fit, without a word."""
+    line = f"ulimit -f 1; exec {shlex.join([sys.executable, '-m', 'picollm_cli', *arguments])} >{tmp_path / 'output'}"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment)
+    assert (done.returncode, "error: cannot write the output" in done.stderr) == (3, True)
+
+
 def test_no_stdin_at_all(tiny_run: Path) -> None:
     line = f"{shlex.quote(sys.executable)} -m picollm_cli chat -p - <&-"
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)

@@ -24,6 +24,7 @@ from picollm.locks import hold_lock
 from picollm.run_dir import RunDir
 from picollm_cli import launch, prepare
 from picollm_cli.commands import speedrun as command
+from picollm_cli.console import Output
 from picollm_cli.main import app
 
 runner = CliRunner()
@@ -146,6 +147,37 @@ def test_what_cannot_be_made_again_is_not_moved_aside(
     with pytest.raises(kind, match=name):
         invoke("speedrun", "--run", "demo", "--force", "sft", "--config", str(tmp_path / "mixture.toml"))
     assert tree(run.path) == before
+
+
+def test_a_change_asks_only_for_the_datasets_that_it_names(base: Path, arguments: list[str]) -> None:
+    """Fine-tuning reads no text: a run whose text is gone can still be given other conversations."""
+    invoke(*arguments, "--skip", "sft", "--skip", "eval")
+    (base / "datasets" / "stories").rename(base / "stories")
+    run = RunDir(base / "runs" / "demo")
+    given: dict[str, Any] = {"run": "demo", "preset": None, "config": None}
+    with prepare.open_run(Output(), **given, sets=["sft.steps=7"]):
+        assert run.read_config()["config"]["sft"]["steps"] == 7
+    (base / "mixture.toml").write_text('[[sft.mix]]\ndataset = "nowhere"\n')
+    with pytest.raises(MissingArtifact, match="nowhere"):
+        invoke("sft", "--run", "demo", "--config", str(base / "mixture.toml"))
+    with pytest.raises(MissingArtifact, match="stories"):  # what starts over reads it again
+        invoke("speedrun", "--run", "demo", "--force", "pretrain")
+    assert run.stage("pretrain").record()
+
+
+def test_a_file_whose_name_is_no_text(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name stands in the records of the run, which are UTF-8."""
+    name = f"{base}/caf\udce9.toml"
+    try:
+        Path(name).write_text("[sft]\nsteps = 7\n")
+    except OSError:
+        pytest.skip("the names of this file system are UTF-8")
+    words = ["tokenizer", "train", "--preset", "demo", "--set", "data.dataset=stories", "--config", name]
+    monkeypatch.setattr("sys.argv", ["picollm", *words])
+    invoke(*words)
+    run = RunDir(base / "runs" / "demo")
+    assert "caf\\udce9.toml" in run.read_config()["sources"]["sft.steps"]
+    assert "caf\\udce9.toml" in json.loads(run.environment_path.read_text())["command"][-1]
 
 
 def test_a_run_of_an_older_picollm(base: Path, arguments: list[str]) -> None:

@@ -179,6 +179,9 @@ def test_a_part_on_another_disk_is_of_the_run(run: RunDir, tmp_path: Path) -> No
     folder.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "self").symlink_to(tmp_path / "elsewhere")
     (run.path / "run").symlink_to(run.path)
+    for one, other in (("this", "that"), ("that", "this")):
+        (run.path / one).mkdir()
+        (run.path / one / "other").symlink_to(run.path / other)
     assert list_files(run) == before
     assert verify_manifest(run) == []
     (run.path / "best").symlink_to(run.path / "pretrain/checkpoints/step_000010")

@@ -104,12 +104,12 @@ def test_a_parent_that_is_gone_stops(worker: Worker, monkeypatch: pytest.MonkeyP
 
 def test_a_launcher_that_is_gone_stops(worker: Worker) -> None:
     stage, me = worker.stage, psutil.Process()
-    stage.launcher_path.write_text(f"{me.pid} {start_of(me)}\n")
+    stage.launcher_path.write_text(f"{me.pid} {start_of(me.pid)}\n")
     assert launcher_lives(stage) and not worker.should_stop()
     stage.launcher_path.write_text("12")  # being written
     assert launcher_lives(stage)
     # The number lives on in another process.
-    stage.launcher_path.write_text(f"{me.pid} {start_of(me) - 3600}\n")
+    stage.launcher_path.write_text(f"{me.pid} {start_of(me.pid) - 3600}\n")
     assert not launcher_lives(stage) and worker.should_stop()
 
 
@@ -117,8 +117,9 @@ def test_a_launcher_that_is_gone_stops(worker: Worker) -> None:
 def test_a_clock_that_is_set_stops_nothing(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the clock, as after a laptop slept, moves the time of boot, and with it every start psutil tells."""
     me = psutil.Process()
-    worker.stage.launcher_path.write_text(f"{me.pid} {start_of(me)}\n")
     told = me.create_time()
+    worker.stage.launcher_path.write_text(f"{me.pid} {start_of(me.pid)}\n")
+    assert launcher_lives(worker.stage)
     stat = Path("/proc/stat").read_text()
     boot = int(re.search(r"^btime (\d+)$", stat, re.MULTILINE)[1])
     proc = tmp_path / "proc"
@@ -126,8 +127,8 @@ def test_a_clock_that_is_set_stops_nothing(worker: Worker, tmp_path: Path, monke
     (proc / "stat").write_text(stat.replace(f"btime {boot}", f"btime {boot - 3600}"))
     (proc / str(me.pid)).symlink_to(f"/proc/{me.pid}")
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(proc))
-    assert psutil.Process().create_time() == pytest.approx(told - 3600, abs=1)
     assert launcher_lives(worker.stage) and not worker.should_stop()
+    assert psutil.Process().create_time() == pytest.approx(told - 3600, abs=1), "the clock has not been set"
 
 
 def test_a_launcher_on_another_machine_cannot_be_seen(stage: StageDir) -> None:
@@ -227,7 +228,6 @@ NCCL_ERROR = "NCCL error in: ProcessGroupNCCL.cpp:3356, unhandled cuda error\nnc
         (RuntimeError("Triton Error [CUDA]: out of memory"), OutOfMemory, 7),
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), OutOfMemory, 7),
         (DistBackendError(f"{NCCL_ERROR}Cuda failure 2 'out of memory'"), OutOfMemory, 7),
-        (RuntimeError("[1] is the second try: Connection closed by peer [127.0.0.1]:29500"), PicollmError, 1),
         (ZeroDivisionError("division by zero"), PicollmError, 1),
         (Interrupted("x"), Interrupted, 130),
     ],
@@ -242,6 +242,14 @@ def test_what_an_exception_becomes(stage: StageDir, error: BaseException, kind: 
         # The first rank to fail tells: what the others say afterwards is noise.
         worker_module._report(stage, ValueError("later"), 0)
         assert json.loads(path.read_text())["rank"] == 1
+
+
+@pytest.mark.parametrize("how", ["Connection closed by peer [127.0.0.1]:29500", "Read error: Connection reset by peer"])
+def test_gloo_that_lost_a_rank_is_told_so(how: str) -> None:
+    """Which of the two it says depends on what was under way when that rank died."""
+    known = worker_module.as_known(RuntimeError(f"[pair.cc:546] {how}. Check the logs of the remote worker"))
+    assert type(known) is PicollmError and known.message == "another process of the stage is gone"
+    assert how in (known.cause or "")
 
 
 @pytest.mark.parametrize(

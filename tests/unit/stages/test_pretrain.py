@@ -173,14 +173,15 @@ def test_a_stop_while_tokenising_is_obeyed_by_all_ranks(
 
 
 def test_waiting_for_another_run_is_shown_and_can_be_stopped(
-    make_stage: Callable[..., StageDir], make_worker: MakeWorker
+    make_stage: Callable[..., StageDir], make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(token_cache, "TELL_EVERY_S", math.inf)  # once, however long the thread takes to see it
     stage = make_stage("second", {"peps": 1.0})
     worker = make_worker(stage)
     inputs = read_inputs(worker)
     lock = cache._lock_of(cache.cache_dir(stage.run.base, inputs.datasets[0], inputs.tokenizer))
     thread = threading.Thread(
-        target=lambda: wait_until(lambda: told(stage, "phase")) and setattr(worker, "stops", True)
+        target=lambda: wait_until(lambda: told(stage, "phase")) and setattr(worker, "stops", True), daemon=True
     )
     with hold_lock(lock, "the cache"):
         thread.start()
@@ -270,7 +271,11 @@ def test_all_ranks_evaluate_and_none_waits_for_one_that_failed(
         )
         for rank in range(2)
     ]
-    passes = [int(process.communicate(timeout=60)[0].split()[0]) for process in ranks]
+    try:
+        passes = [int(process.communicate(timeout=300)[0].split()[0]) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     assert not {0, 130} & {process.returncode for process in ranks}
     assert read_json(stage.log_dir / "error.json")["rank"] == 1
     assert {event["step"] for event in told(stage, "eval")} == {10} and stage.finished_steps()[-1] == 20

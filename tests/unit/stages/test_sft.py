@@ -107,6 +107,20 @@ def test_validation_rows_hold_as_many_conversations_as_there_are(tokenizer: Toke
     assert len(validation_rows(conversations * 300, tokenizer, 64)) == VALIDATION_ROWS
 
 
+@pytest.mark.parametrize("num", [3, 30, 100])
+def test_validation_rows_hold_every_conversation_once(num: int, tokenizer: Tokenizer) -> None:
+    """Long ones fit first: with more of them to choose from, they would be scored twice and short ones not at all."""
+    conversations = [Conversation.from_json(talk) for talk in toy_world.conversations(num, 5)]
+    rows = validation_rows(conversations, tokenizer, 256)
+    scored = Counter(int(token) for _, targets in rows for token in targets[targets >= 0])
+    wanted: Counter[int] = Counter()
+    for conversation in conversations:
+        ids, mask = render(tokenizer, conversation)
+        assert len(ids) <= 256
+        wanted.update(token for token, carries in zip(ids, mask, strict=True) if carries)
+    assert scored == wanted
+
+
 def test_conversations_without_a_trained_token_are_left_out_and_counted(tokenizer: Tokenizer) -> None:
     short, long = talks("a", 3), talks("word " * 40, 2)
     mixed = short * 2 + long * 5  # a mixture repeats; the count is of different ones
