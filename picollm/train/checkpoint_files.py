@@ -28,7 +28,7 @@ from picollm.files import disk_errors, free_name, fsync_path, read_fields, sha25
 from picollm.run_dir import StageDir
 
 SUMS = "SHA256SUMS"
-RESTORE = "restore the file from a copy, or train the stage again with `picollm speedrun --force STAGE`"
+RESTORE = "restore the file from a copy, or train the stage again: `picollm speedrun --run NAME --force STAGE`"
 
 
 def checkpoint_dir(stage: StageDir, step: int) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,5 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     if not jaxtyping.config.jaxtyping_disable:
         pytest.fail("run it with JAXTYPING_DISABLE=1: checks of shapes cannot be compiled", pytrace=False)
