@@ -23,6 +23,7 @@ from picollm.export.folding import Checkpoint
 from picollm.export.gguf_table import Entry, Key, entries, keys, tensor_name
 from picollm.export.gguf_types import Quant
 from picollm.export.provenance import Provenance
+from picollm.export.unready import require_room
 from picollm.files import disk_errors
 from picollm.tokenizer.tokenizer import Tokenizer
 
@@ -114,7 +115,10 @@ def write(
     """
     total = num_bytes(listed)
     # What `llama-quantize` makes of the file stands beside it for a while.
-    _check_room(path, total if quant.direct else int(total * (1 + quant.bits / 32)))
+    needed = total if quant.direct else int(total * (1 + quant.bits / 32))
+    require_room(
+        path, needed, "free room, name a file on another disk with `--out FILE`, or choose a smaller `--quant`"
+    )
     writer = gguf.GGUFWriter(None, host)
     for name, key in metadata.items():
         getattr(writer, f"add_{key.kind}")(name, key.value)
@@ -154,16 +158,6 @@ def _check_finite(entry: Entry, tensor: Tensor) -> None:
             f"`{entry.name}` cannot be written as F16",
             cause=f"it holds {largest:.3g}, beyond the range of the type",
             hint="choose `--quant BF16` or `--quant F32`",
-        )
-
-
-def _check_room(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise HostError(
-            f"there is no room for `{path.parent}`",
-            cause=f"the file needs {needed:,} bytes, {free:,} are free",
-            hint="free room, name a file on another disk with `--out FILE`, or choose a smaller `--quant`",
         )
 
 

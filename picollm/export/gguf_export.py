@@ -20,7 +20,6 @@ from picollm.export.provenance import provenance_of
 from picollm.export.unready import unready as temporary
 from picollm.files import sha256_file, write_atomic
 from picollm.run_dir import RunDir, StageDir
-from picollm.scaling import num_params
 from picollm.train import checkpoint_files
 from picollm.train.checkpoint_tensors import architecture_of
 
@@ -92,14 +91,7 @@ def export_gguf(
     tokenizer = folding.open_tokenizer(checkpoint)
     refuse_blocked(checkpoint, digits=tokenizer.digits)
     arch = checkpoint.arch
-    provenance = provenance_of(
-        request.stage,
-        step=checkpoint.step,
-        num_params=num_params(arch).total,
-        checkpoint_sha256=checkpoint.sha256,
-        tokenizer_sha256=checkpoint.tokenizer_sha256,
-        license=request.license,
-    )
+    provenance = provenance_of(checkpoint, request.license)
     metadata, listed = gguf.table(checkpoint, tokenizer, host, quant, provenance)
     with temporary(out) as unready:
         source = unready.with_suffix(".f32.tmp") if not quant.direct else unready

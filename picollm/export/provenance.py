@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from picollm import __version__
 from picollm.errors import ConfigError
 from picollm.files import sha256_json
-from picollm.run_dir import TRAINING_STAGES, StageDir
+from picollm.run_dir import TRAINING_STAGES
+from picollm.scaling import num_params
+
+if TYPE_CHECKING:
+    from picollm.export.folding import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,8 @@ class Provenance:
         return f"{kind} of picollm run {self.run}, stage {self.stage}, step {self.step:,}"
 
 
-def provenance_of(
-    stage: StageDir, *, step: int, num_params: int, checkpoint_sha256: str, tokenizer_sha256: str, license: str | None
-) -> Provenance:
-    """What the records of a stage and of those before it say.
+def provenance_of(checkpoint: Checkpoint, license: str | None) -> Provenance:
+    """What a checkpoint and the records of its stage and of those before it say.
 
     Raises:
         ConfigError: the licence is no name of one.
@@ -79,6 +81,7 @@ def provenance_of(
             cause="names are of letters, digits, dots, plus signs, hyphens, brackets and spaces",
             hint="give its SPDX name, as `--license apache-2.0`, or leave it out",
         )
+    stage = checkpoint.stage
     recipe = stage.read_config()["recipe"]
     datasets: dict[str, str] = {}
     tokens = 0
@@ -88,17 +91,17 @@ def provenance_of(
             continue
         part: dict[str, Any] = earlier.read_config()["recipe"]
         datasets |= {source["dataset"]: source["sha256"] for source in part.get("data", [])}
-        done = step if name == stage.name else max(earlier.finished_steps(), default=0)
+        done = checkpoint.step if name == stage.name else max(earlier.finished_steps(), default=0)
         tokens += done * int(part["batch_tokens"])
     return Provenance(
         run=stage.run.name,
         stage=stage.name,
-        step=step,
-        num_params=num_params,
+        step=checkpoint.step,
+        num_params=num_params(checkpoint.arch).total,
         datasets=datasets,
         training_tokens=tokens,
-        checkpoint_sha256=checkpoint_sha256,
+        checkpoint_sha256=checkpoint.sha256,
         recipe_sha256=sha256_json(recipe),
-        tokenizer_sha256=tokenizer_sha256,
+        tokenizer_sha256=checkpoint.tokenizer_sha256,
         license=license,
     )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from picollm.config.model import Architecture
-from picollm.errors import ConfigError, HostError
+from picollm.errors import ConfigError
 from picollm.export import features, folding, parity, shards, transformers_check, transformers_files
 from picollm.export.parity import Check
 from picollm.export.provenance import provenance_of
 from picollm.export.transformers_files import ARCHES, QWEN3, REMOTE
 from picollm.export.transformers_tensors import table, tensors
-from picollm.export.unready import unready
+from picollm.export.unready import require_room, unready
 from picollm.files import disk_errors
 from picollm.run_dir import RunDir, StageDir
-from picollm.scaling import num_params
 from picollm.train import checkpoint_files
 from picollm.train.checkpoint_tensors import architecture_of
 
@@ -104,18 +102,11 @@ def export_transformers(
     out = request.out or default_path(request.stage, dtype, host)
     parity.claim(out, force=request.force)
     tokenizer = folding.open_tokenizer(checkpoint)
-    provenance = provenance_of(
-        request.stage,
-        step=checkpoint.step,
-        num_params=num_params(arch).total,
-        checkpoint_sha256=checkpoint.sha256,
-        tokenizer_sha256=checkpoint.tokenizer_sha256,
-        license=request.license,
-    )
+    provenance = provenance_of(checkpoint, request.license)
     shapes = table(arch, host)
     needed = shards.num_bytes(shapes, dtype)
     with unready(out) as folder:
-        _check_room(out, needed + _SMALL_FILES_BYTES)
+        require_room(out, needed + _SMALL_FILES_BYTES, "free room, or name a folder on another disk with `--out DIR`")
         with disk_errors(folder):
             folder.mkdir()
         files = shards.write(
@@ -162,13 +153,3 @@ def choose_host(asked: str | None, arch: Architecture, run: str) -> str:
             hint=f"leave out `--arch`: `picollm export transformers --run {run}` takes the model's code with it",
         )
     return asked
-
-
-def _check_room(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise HostError(
-            f"there is no room for `{target}`",
-            cause=f"it needs {needed:,} bytes, {free:,} are free",
-            hint="free room, or name a folder on another disk with `--out DIR`",
-        )

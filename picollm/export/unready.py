@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from picollm.errors import HostError
 from picollm.files import disk_errors
 
 
@@ -31,6 +32,17 @@ def unready(target: Path) -> Iterator[Path]:
         yield path
     finally:
         _remove(path)
+
+
+def require_room(target: Path, needed: int, hint: str) -> None:
+    """Raises HostError: an export of so many bytes does not fit on the disk of `target`."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise HostError(
+            f"there is no room in `{target.parent}`",
+            cause=f"the export needs {needed:,} bytes, {free:,} are free",
+            hint=hint,
+        )
 
 
 def _is_running(pid: str) -> bool:

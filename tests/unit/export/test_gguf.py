@@ -8,6 +8,7 @@ import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,9 +140,7 @@ def test_another_tensor_or_key_is_noticed(stage: StageDir) -> None:
     export_gguf(asked)
     checkpoint, quant = folding.open_checkpoint(stage), find_quant("Q8_0")
     tokenizer = folding.open_tokenizer(checkpoint)
-    provenance = provenance_of(
-        stage, step=10, num_params=1, checkpoint_sha256="", tokenizer_sha256="", license=None
-    )  # fmt: skip
+    provenance = replace(provenance_of(checkpoint, None), num_params=1, checkpoint_sha256="", tokenizer_sha256="")
     metadata, listed = gguf.table(checkpoint, tokenizer, "apertus", quant, provenance)
     stored = gguf_file.read(asked.out)
     wrong = gguf_file.wrong_keys(stored.keys, "apertus", quant, metadata)

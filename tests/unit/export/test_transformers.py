@@ -6,12 +6,14 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -394,11 +396,8 @@ def test_a_full_disk_leaves_nothing(make_stage: MakeStage, trained: Callable[...
 def test_too_little_room_is_known_before(
     make_stage: MakeStage, trained: Callable[..., GPT], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from picollm.export import transformers
-
     stage = make_stage(trained())
-    usage = transformers.shutil._ntuple_diskusage(10**9, 10**9, 1000)
-    monkeypatch.setattr(transformers.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(HostError, match="no room") as refused:
         export(stage)
     assert "1,000 are free" in (refused.value.cause or "") and left_in(stage) == []
